@@ -1,0 +1,103 @@
+"""The operator contract: how rows of a batch find their adapters, and what a backend computes.
+
+For token row t with entries (slot s, weight w), at a site whose linears share one input:
+
+    y[t, o_i : o_i + out_i] += sum over entries (s, w), over parts i of s:  w * (x[t] A_s,i^T) B_s,i
+
+A *site* is a set of base linears that read the same input (q/k/v, gate/up, or a single one); their
+outputs lie side by side in y. An adapter need not cover every linear of a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Entries = tuple[tuple[int, float], ...]
+"""The adapters of one row, as (slot, weight). Empty: the base alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """The rows that share one entry list. `rows` is a slice where they are adjacent, else int64 indices."""
+
+    entries: Entries
+    rows: slice | torch.Tensor
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Rows of one step grouped by identical entry list; rows without entries appear in no group.
+
+    One worker applies a group's entries in order, so two workers never add to the same row.
+    """
+
+    groups: tuple[RowGroup, ...]
+    slots: tuple[int, ...]
+    """Distinct slots named by any group, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPart:
+    """One linear's share of an adapter at a site."""
+
+    rank_offset: int
+    """First row of this part in the site's stacked A."""
+    out_offset: int
+    """First column of this linear's output in y."""
+    b: torch.Tensor
+    """[rank, out], contiguous, the adapter's scale folded in."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """One adapter at one site, at its true rank."""
+
+    a: torch.Tensor
+    """[sum of the parts' ranks, in], contiguous."""
+    parts: tuple[LoraPart, ...]
+
+
+SiteTable = Mapping[int, LoraWeights]
+"""Slot to weights at one site. A slot whose adapter leaves the site alone is absent."""
+
+
+class LoraOps(Protocol):
+    """A backend. Stateless as seen from outside; one instance serves every site of a model."""
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, routing: Routing, table: SiteTable) -> None:
+        """Add every row's adapter delta to `y` in place.
+
+        Args:
+            y: [rows, sum of the site's outputs], the base's output, any float dtype.
+            x: [rows, in], the site's input, same dtype as y.
+            routing: groups of these rows.
+            table: the site's resident adapters.
+
+        Accumulates in fp32 and casts once. A row's result does not depend on the other rows' adapters.
+        """
+        ...
+
+
+def route(row_entries: Sequence[Entries]) -> Routing:
+    """Group rows by identical entry list, in order of first appearance."""
+    members: dict[Entries, list[int]] = {}
+    for row, entries in enumerate(row_entries):
+        if entries:
+            members.setdefault(entries, []).append(row)
+    groups = tuple(RowGroup(entries, _compact(rows), len(rows)) for entries, rows in members.items())
+    return Routing(groups, tuple(sorted(_distinct_slots(members))))
+
+
+def _distinct_slots(entry_lists: Iterable[Entries]) -> set[int]:
+    return {slot for entries in entry_lists for slot, _ in entries}
+
+
+def _compact(rows: list[int]) -> slice | torch.Tensor:
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, dtype=torch.int64)

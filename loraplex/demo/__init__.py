@@ -1,0 +1,1 @@
+"""The bundled model and adapters, and the command that shows them working."""

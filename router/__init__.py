@@ -1,0 +1,1 @@
+"""The router: owns every decision. Imports no torch, NumPy, CuPy or transformers."""

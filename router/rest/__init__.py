@@ -1,0 +1,1 @@
+"""The REST facade: one module a dialect."""

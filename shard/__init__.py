@@ -1,0 +1,1 @@
+"""The shard: owns the device and decides nothing."""
