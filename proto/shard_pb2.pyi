@@ -546,14 +546,19 @@ class RowStart(google.protobuf.message.Message):
     OUTPUT_FIELD_NUMBER: builtins.int
     PROMPT_LENGTH_FIELD_NUMBER: builtins.int
     SPANS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     row: builtins.int
     seed: builtins.int
     tenant: builtins.str
     output: global___RowStart.Output.ValueType
     prompt_length: builtins.int
     """tokens from this position on count as output: sampling index,"""
+    prompt_logprobs: builtins.int
+    """alternatives beside each prompt token, with PROMPT_LOGPROBS"""
     @property
-    def sampling(self) -> global___SamplingParams: ...
+    def sampling(self) -> global___SamplingParams:
+        """absent: greedy"""
+
     @property
     def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AdapterSpan]:
         """penalties. After a preemption the chunks carry output too
@@ -570,9 +575,10 @@ class RowStart(google.protobuf.message.Message):
         output: global___RowStart.Output.ValueType = ...,
         prompt_length: builtins.int = ...,
         spans: collections.abc.Iterable[global___AdapterSpan] | None = ...,
+        prompt_logprobs: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["output", b"output", "prompt_length", b"prompt_length", "row", b"row", "sampling", b"sampling", "seed", b"seed", "spans", b"spans", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["output", b"output", "prompt_length", b"prompt_length", "prompt_logprobs", b"prompt_logprobs", "row", b"row", "sampling", b"sampling", "seed", b"seed", "spans", b"spans", "tenant", b"tenant"]) -> None: ...
 
 global___RowStart = RowStart
 
@@ -786,6 +792,7 @@ class StepResult(google.protobuf.message.Message):
     DEVICE_MICROS_FIELD_NUMBER: builtins.int
     ROW_COUNT_FIELD_NUMBER: builtins.int
     ADAPTER_COUNT_FIELD_NUMBER: builtins.int
+    IDLE_MICROS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     seq: builtins.int
     last: builtins.bool
@@ -795,6 +802,8 @@ class StepResult(google.protobuf.message.Message):
     """rows that took part in the forward pass"""
     adapter_count: builtins.int
     """distinct adapters among them"""
+    idle_micros: builtins.int
+    """time the device waited for this plan after the one before"""
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RowResult]: ...
     def __init__(
@@ -807,8 +816,9 @@ class StepResult(google.protobuf.message.Message):
         device_micros: builtins.int = ...,
         row_count: builtins.int = ...,
         adapter_count: builtins.int = ...,
+        idle_micros: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_count", b"adapter_count", "device_micros", b"device_micros", "epoch", b"epoch", "last", b"last", "row_count", b"row_count", "rows", b"rows", "seq", b"seq"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_count", b"adapter_count", "device_micros", b"device_micros", "epoch", b"epoch", "idle_micros", b"idle_micros", "last", b"last", "row_count", b"row_count", "rows", b"rows", "seq", b"seq"]) -> None: ...
 
 global___StepResult = StepResult
 

@@ -46,7 +46,14 @@ class ShardConfig:
             "dtype must be float32, bfloat16 or float16",
         )
         _require(0 <= self.port <= 65535, "port must lie between 0 and 65535")
-        for name in ("kv_memory", "adapter_memory", "block_size", "max_num_seqs", "max_step_tokens", "max_rank"):
+        for name in (
+            "kv_memory",
+            "adapter_memory",
+            "block_size",
+            "max_num_seqs",
+            "max_step_tokens",
+            "max_rank",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         _require(self.max_adapters >= 1, "max_adapters must be at least 1")
         _require(self.host_adapter_memory >= 0, "host_adapter_memory must not be negative")

@@ -1,14 +1,14 @@
 """What a shard refuses or fails with, and how each is said over gRPC.
 
-    ShardError
-    ├── BadPlan              the router broke the contract; nothing was run
-    ├── EpochEnded           a gap, a lost stream or a failed step; the group starts a new epoch
-    ├── AdapterNotFound      no such repository, directory or downloaded digest
-    ├── AdapterRejected      fetched, but cannot be served; says which tensor or field and why
-    ├── AdapterFetchFailed   the source did not deliver; worth another try later
-    ├── AdapterMemoryFull    the byte budget of the pool is used up
-    ├── SlotBusy             the slot holds another adapter
-    └── ModelRefused         the base model cannot be served exactly; raised at start only
+ShardError
+├── BadPlan              the router broke the contract; nothing was run
+├── EpochEnded           a gap, a lost stream or a failed step; the group starts a new epoch
+├── AdapterNotFound      no such repository, directory or downloaded digest
+├── AdapterRejected      fetched, but cannot be served; says which tensor or field and why
+├── AdapterFetchFailed   the source did not deliver; worth another try later
+├── AdapterMemoryFull    the byte budget of the pool is used up
+├── SlotBusy             the slot holds another adapter
+└── ModelRefused         the base model cannot be served exactly; raised at start only
 """
 
 from __future__ import annotations

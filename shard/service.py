@@ -1,0 +1,193 @@
+"""gRPC in and out of a shard: messages to calls, errors to statuses. Nothing is decided or computed here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from ..proto import shard_pb2 as pb
+from ..proto import shard_pb2_grpc
+from .adapters.manifest import AdapterManifest, AdapterRequest, Source
+from .adapters.pool import AdapterPool
+from .adapters.store import AdapterStore
+from .device import DeviceThread
+from .errors import AdapterRejected, ShardError
+from .sequencer import Sequencer
+
+log = logging.getLogger(__name__)
+
+SOURCES = {
+    pb.DownloadAdapterRequest.HUB: Source.HUB,
+    pb.DownloadAdapterRequest.LOCAL: Source.LOCAL,
+    pb.DownloadAdapterRequest.S3: Source.S3,
+}
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class ShardService(shard_pb2_grpc.ShardServicer):
+    """One rank's service.
+
+    `on_fatal` is called when the epoch cannot go on in this process: a step failed, or the router's
+    stream broke. The process then exits and its supervisor starts a fresh one.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: pb.InfoReply,
+        tokenizer: pb.TokenizerReply,
+        thread: DeviceThread,
+        sequencer: Sequencer,
+        store: AdapterStore,
+        pool: AdapterPool,
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._thread = thread
+        self._sequencer = sequencer
+        self._store = store
+        self._pool = pool
+        self._on_fatal = on_fatal
+
+    async def Info(self, request: pb.InfoRequest, context: Context) -> pb.InfoReply:
+        return self._info
+
+    async def Tokenizer(self, request: pb.TokenizerRequest, context: Context) -> pb.TokenizerReply:
+        if request.adapter_digest:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "adapters' own tokenizers are not served yet")
+        return self._tokenizer
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadAdapterEvent]:
+        progress: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        download = asyncio.create_task(
+            self._store.download(_adapter_request(request), lambda *done: progress.put_nowait(done))
+        )
+        download.add_done_callback(lambda _: progress.put_nowait(None))
+        try:
+            while (step := await progress.get()) is not None:
+                yield pb.DownloadAdapterEvent(
+                    progress=pb.DownloadProgress(bytes_done=step[0], bytes_total=step[1])
+                )
+            yield pb.DownloadAdapterEvent(manifest=_manifest_proto(await download))
+        except ShardError as error:
+            await abort(context, error)
+        finally:
+            download.cancel()
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterReply:
+        began = time.monotonic()
+        try:
+            packed = await self._store.host_weights(request.digest)
+            size = await self._thread.submit(lambda: self._pool.load(request.slot, request.digest, packed))
+        except ShardError as error:
+            await abort(context, error)
+        elapsed = int((time.monotonic() - began) * 1000)
+        return pb.LoadAdapterReply(bytes=size, modules=packed.modules, milliseconds=elapsed)
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterReply:
+        try:
+            freed = await self._thread.submit(lambda: self._pool.unload(request.slot))
+        except ShardError as error:
+            await abort(context, error)
+        return pb.UnloadAdapterReply(bytes=freed)
+
+    async def Prefill(self, request: pb.StepPlan, context: Context) -> AsyncIterator[pb.StepResult]:
+        try:
+            yield await self._sequencer.submit(request)
+        except ShardError as error:
+            self._on_fatal(f"step {request.seq}: {error}")
+            await abort(context, error)
+
+    async def Decode(
+        self, request_iterator: AsyncIterator[pb.StepPlan], context: Context
+    ) -> AsyncIterator[pb.StepResult]:
+        """Plans in, results out, in order. The stream's half-close ends the epoch in order; anything else
+        that ends it is fatal."""
+        answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None] = asyncio.Queue()
+        reader = asyncio.create_task(self._read_plans(request_iterator, answers))
+        orderly = False
+        try:
+            while (answer := await answers.get()) is not None:
+                yield await answer
+            await reader
+            orderly = True
+        except ShardError as error:
+            self._on_fatal(str(error))
+            orderly = True
+            await abort(context, error)
+        finally:
+            reader.cancel()
+            if not orderly:
+                self._on_fatal("the router's decode stream broke")
+
+    async def _read_plans(
+        self, plans: AsyncIterator[pb.StepPlan], answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None]
+    ) -> None:
+        try:
+            async for plan in plans:
+                answers.put_nowait(self._sequencer.submit(plan))
+            self._sequencer.end_epoch()
+        finally:
+            answers.put_nowait(None)
+
+
+def _adapter_request(request: pb.DownloadAdapterRequest) -> AdapterRequest:
+    if request.source not in SOURCES:
+        raise AdapterRejected(f"adapter {request.id!r}: no source is named")
+    return AdapterRequest(
+        source=SOURCES[request.source],
+        id=request.id,
+        revision=request.revision,
+        token=request.token,
+        expect_digest=request.expect_digest,
+    )
+
+
+def _manifest_proto(manifest: AdapterManifest) -> pb.AdapterManifest:
+    return pb.AdapterManifest(
+        digest=manifest.digest,
+        revision=manifest.revision,
+        rank_bytes=manifest.rank_bytes,
+        max_rank=manifest.max_rank,
+        modules=manifest.modules,
+        warnings=manifest.warnings,
+        own_tokenizer=manifest.own_tokenizer,
+        own_chat_template=manifest.own_chat_template,
+    )
+
+
+async def abort(context: Context, error: ShardError) -> NoReturn:
+    """End an RPC with the error's code and, in google.rpc.ErrorInfo, its reason."""
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain="loraplex"))
+    status = status_pb2.Status(code=error.grpc_code.value[0], message=str(error), details=[detail])
+    await context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("abort_with_status raises")
+
+
+async def watch_health(
+    thread: DeviceThread,
+    report: Callable[[bool], Awaitable[None]],
+    *,
+    limit: float,
+    interval: float = 1.0,
+) -> None:
+    """Report every `interval` seconds whether the oldest unfinished command is younger than `limit`
+    seconds. Runs until cancelled; queues no work of its own."""
+    while True:
+        await report(thread.oldest_age() < limit)
+        await asyncio.sleep(interval)

@@ -1,0 +1,24 @@
+"""Fixtures shared by a whole session of tests: tiny models and adapters are built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a tiny random fp32 model by kind, see tiny.CONFIGS."""
+    root = tmp_path_factory.mktemp("models")
+
+    def build(kind: str) -> Path:
+        directory = root / kind
+        if not directory.exists():
+            tiny.build_model(kind, directory)
+        return directory
+
+    return build
