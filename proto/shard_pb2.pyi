@@ -483,9 +483,12 @@ class StepPlan(google.protobuf.message.Message):
     BLOCK_TABLES_FIELD_NUMBER: builtins.int
     COPIES_FIELD_NUMBER: builtins.int
     ENDS_FIELD_NUMBER: builtins.int
+    FAREWELL_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     seq: builtins.int
     """1, 2, 3 … within an epoch"""
+    farewell: builtins.bool
+    """no step: the router leaves in order. A decode stream that ends"""
     @property
     def starts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RowStart]: ...
     @property
@@ -513,8 +516,9 @@ class StepPlan(google.protobuf.message.Message):
         block_tables: collections.abc.Iterable[global___BlockTableDelta] | None = ...,
         copies: collections.abc.Iterable[global___BlockCopy] | None = ...,
         ends: collections.abc.Iterable[builtins.int] | None = ...,
+        farewell: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_tables", b"block_tables", "chunks", b"chunks", "copies", b"copies", "decode_rows", b"decode_rows", "ends", b"ends", "epoch", b"epoch", "seq", b"seq", "starts", b"starts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_tables", b"block_tables", "chunks", b"chunks", "copies", b"copies", "decode_rows", b"decode_rows", "ends", b"ends", "epoch", b"epoch", "farewell", b"farewell", "seq", b"seq", "starts", b"starts"]) -> None: ...
 
 global___StepPlan = StepPlan
 

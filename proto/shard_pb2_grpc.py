@@ -117,7 +117,8 @@ class ShardServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request_iterator, context):
-        """The decode stream of this rank: plans in, results out, in order. One per epoch.
+        """The decode stream of this rank: plans in, results out, in order. One per epoch. A shard whose stream
+        is lost exits, so that its supervisor starts it afresh.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

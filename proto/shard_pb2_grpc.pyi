@@ -63,7 +63,9 @@ class ShardStub:
         loraplex.proto.shard_pb2.StepPlan,
         loraplex.proto.shard_pb2.StepResult,
     ]
-    """The decode stream of this rank: plans in, results out, in order. One per epoch."""
+    """The decode stream of this rank: plans in, results out, in order. One per epoch. A shard whose stream
+    is lost exits, so that its supervisor starts it afresh.
+    """
 
 class ShardAsyncStub:
     Info: grpc.aio.UnaryUnaryMultiCallable[
@@ -106,7 +108,9 @@ class ShardAsyncStub:
         loraplex.proto.shard_pb2.StepPlan,
         loraplex.proto.shard_pb2.StepResult,
     ]
-    """The decode stream of this rank: plans in, results out, in order. One per epoch."""
+    """The decode stream of this rank: plans in, results out, in order. One per epoch. A shard whose stream
+    is lost exits, so that its supervisor starts it afresh.
+    """
 
 class ShardServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -163,6 +167,8 @@ class ShardServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[loraplex.proto.shard_pb2.StepPlan],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[loraplex.proto.shard_pb2.StepResult], collections.abc.AsyncIterator[loraplex.proto.shard_pb2.StepResult]]:
-        """The decode stream of this rank: plans in, results out, in order. One per epoch."""
+        """The decode stream of this rank: plans in, results out, in order. One per epoch. A shard whose stream
+        is lost exits, so that its supervisor starts it afresh.
+        """
 
 def add_ShardServicer_to_server(servicer: ShardServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -162,16 +160,6 @@ def describe(config: ShardConfig, loaded: LoadedModel) -> pb.InfoReply:
 
 
 def _stop_on_signals(finish: Callable[[int, str], None]) -> None:
-    """SIGTERM and SIGINT end the process in order, and so does the end of its supervisor."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, finish, 0, signal.Signals(number).name)
-    if os.environ.get("LORAPLEX_LIFELINE"):
-        loop.add_reader(sys.stdin.fileno(), _on_lifeline, finish)
-
-
-def _on_lifeline(finish: Callable[[int, str], None]) -> None:
-    with contextlib.suppress(BlockingIOError):
-        if not os.read(sys.stdin.fileno(), 1024):
-            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-            finish(EXIT_FATAL, "the supervisor is gone")

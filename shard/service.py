@@ -115,34 +115,39 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     async def Decode(
         self, request_iterator: AsyncIterator[pb.StepPlan], context: Context
     ) -> AsyncIterator[pb.StepResult]:
-        """Plans in, results out, in order. The stream's half-close ends the epoch in order; anything else
-        that ends it is fatal."""
         answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read_plans(request_iterator, answers))
-        orderly = False
         try:
             while (answer := await answers.get()) is not None:
                 yield await answer
             await reader
-            orderly = True
         except ShardError as error:
             self._on_fatal(str(error))
-            orderly = True
             await abort(context, error)
         finally:
             reader.cancel()
-            if not orderly:
-                self._on_fatal("the router's decode stream broke")
 
     async def _read_plans(
-        self, plans: AsyncIterator[pb.StepPlan], answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None]
+        self,
+        plans: AsyncIterator[pb.StepPlan],
+        answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None],
     ) -> None:
+        """Queue the answers of all plans up to the farewell. A stream that ends without one is fatal."""
+        orderly = False
         try:
             async for plan in plans:
+                if plan.farewell:
+                    orderly = True
+                    self._sequencer.end_epoch()
+                    return
                 answers.put_nowait(self._sequencer.submit(plan))
-            self._sequencer.end_epoch()
+        except ShardError as error:
+            self._on_fatal(str(error))
+            raise
         finally:
             answers.put_nowait(None)
+            if not orderly:
+                self._on_fatal("the router's decode stream broke")
 
 
 def _adapter_request(request: pb.DownloadAdapterRequest) -> AdapterRequest:
