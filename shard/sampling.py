@@ -90,17 +90,6 @@ class RowSampling:
         return self.repetition_penalty != 1 or self.penalises_output
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """The token is the largest logit's, and nothing else is asked for."""
-        return (
-            self.temperature == 0
-            and self.logprobs is None
-            and not self.logit_bias
-            and not self.needs_history
-            and (self.min_tokens == 0 or not self.stop_ids)
-        )
-
-    @property
     def is_truncated(self) -> bool:
         """Only the most probable tokens may be drawn, so they must be ordered."""
         return self.top_k > 0 or self.top_p < 1
@@ -221,7 +210,7 @@ def _choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tens
     warm = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if warm:
         sampling = [rows[i].sampling for i in warm]
-        # The maximum goes first, so that no temperature overflows; a denormal one would divide 0 by 0.
+        # The maximum goes first, so that no temperature overflows; one below fp32 would divide 0 by 0.
         temperature = _column(logits, [max(each.temperature, 1e-30) for each in sampling])
         scaled = _select(logits, warm).sub_(_select(best, warm).unsqueeze(1)).div_(temperature)
         draws = [uniform(rows[i].sampling.seed, rows[i].index) for i in warm]
