@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.ops import LoraOps, LoraWeights, Routing
-from .adapters.layout import AdapterLayout, Target
+from .adapters.digest import weight_digest
+from .adapters.layout import AdapterLayout, BaseWeight, Target
 from .attention import NAME, PagedAttention, register
 from .batch import Batch
 from .kv import KvCache
@@ -92,6 +93,7 @@ def specialise(
 
     Changes `model` in place and fills `tables` with one empty slot table for each site, in site order.
     """
+    heads = _saved_copies(model, trace)
     attention = PagedAttention(kv)
     nothing = Routing((), ())
     tokens, logits = RoutingCell(nothing), RoutingCell(nothing)
@@ -106,7 +108,7 @@ def specialise(
     register(attention.forward)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    layout = AdapterLayout(tuple(targets), _other_modules(model, targets), dtype, max_rank)
+    layout = AdapterLayout(tuple(targets), _other_modules(model, targets), dtype, max_rank, heads)
     return Specialised(CausalModel(model, attention, (tokens, logits)), layout)
 
 
@@ -126,6 +128,18 @@ def _replace(
         targets.append(Target(name, index, in_features, out_features, offset, transposed))
         offset += out_features
     return targets
+
+
+def _saved_copies(model: nn.Module, trace: Trace) -> tuple[BaseWeight, ...]:
+    """The output head, of which PEFT saves a copy beside an adapter for it."""
+    copies = []
+    for call in trace.linears:
+        if call.on_logits:
+            weight = model.get_submodule(call.name).weight
+            assert isinstance(weight, torch.Tensor)
+            data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+            copies.append(BaseWeight(call.name, weight_digest(data.data)))
+    return tuple(copies)
 
 
 def _dense(module: nn.Module) -> DenseWeight:

@@ -71,10 +71,15 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterEvent]:
         progress: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-        download = asyncio.create_task(
-            self._store.download(_adapter_request(request), lambda *done: progress.put_nowait(done))
-        )
-        download.add_done_callback(lambda _: progress.put_nowait(None))
+
+        async def fetch() -> AdapterManifest:
+            try:
+                wanted = _adapter_request(request)
+                return await self._store.download(wanted, lambda *done: progress.put_nowait(done))
+            finally:
+                progress.put_nowait(None)
+
+        download = asyncio.create_task(fetch())
         try:
             while (step := await progress.get()) is not None:
                 yield pb.DownloadAdapterEvent(

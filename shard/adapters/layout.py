@@ -22,6 +22,16 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseWeight:
+    """A base weight that trainers save along with an adapter (output head): an exact copy changes nothing."""
+
+    name: str
+    """Module path of the embedding or head."""
+    digest: str
+    """`digest.weight_digest` of the weight, row-major [out, in], in the layout's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """Everything the parser needs to know of the model: it never sees the model itself."""
 
@@ -31,3 +41,5 @@ class AdapterLayout:
     dtype: str
     """"float32", "bfloat16" or "float16": what A and B are packed as."""
     max_rank: int
+    base_weights: tuple[BaseWeight, ...] = ()
+    """Weights whose copies in an adapter file are recognised and dropped; any other copy is refused."""

@@ -167,6 +167,9 @@ async def test_adapters_that_cannot_be_had_end_in_typed_errors(
             await download(live, tmp_path / "nothing")
         assert (caught.value.code(), reason(caught.value)) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [event async for event in live.stub.DownloadAdapter(pb.DownloadAdapterRequest(id="org/nameless"))]
+        assert reason(caught.value) == "ADAPTER_REJECTED"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
             await live.stub.LoadAdapter(pb.LoadAdapterRequest(digest="unknown", slot=0))
         assert reason(caught.value) == "ADAPTER_NOT_FOUND"
         manifest = await download(live, big)

@@ -1,0 +1,91 @@
+"""Reading an adapter's files: regular files only, bounded in size, each read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ..errors import AdapterRejected
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+COMPANIONS = (TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE)
+"""Files that an adapter may bring along."""
+
+_CHUNK = 1024 * 1024
+
+
+class FileLimits(msgspec.Struct, frozen=True):
+    """The largest files that are fetched or read, in bytes."""
+
+    config: int = 1024 * 1024
+    weights: int = 8 * 1024**3
+    companion: int = 64 * 1024 * 1024
+
+    def of(self, name: str) -> int:
+        return {CONFIG: self.config, WEIGHTS: self.weights}.get(name, self.companion)
+
+
+def open_regular(path: Path, limit: int) -> BufferedReader:
+    """Open a regular file, or a link to one, of at most `limit` bytes. Never waits for a pipe or a device.
+
+    Raises AdapterRejected naming the file.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise AdapterRejected(f"{path.name} is not a regular file")
+        # Nothing may have taken its place in between: look again at what was opened, without blocking on it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise AdapterRejected(f"there is no {path.name} in its directory") from error
+    except OSError as error:
+        raise AdapterRejected(f"{path.name} cannot be read: {error.strerror}") from error
+    file = os.fdopen(descriptor, "rb")
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+        return file
+    file.close()
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterRejected(f"{path.name} is not a regular file")
+    raise AdapterRejected(f"{path.name} has {status.st_size} bytes; at most {limit} are read")
+
+
+def read_regular(path: Path, limit: int) -> memoryview:
+    """The whole content of a regular file, as one snapshot that later changes of the file do not reach."""
+    with open_regular(path, limit) as file:
+        buffer = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8)
+        length = file.readinto(buffer.data)
+        if length != buffer.size or file.read(1):
+            raise AdapterRejected(f"{path.name} changed while it was read; try again")
+    return buffer.data
+
+
+def is_regular(path: Path) -> bool:
+    """Whether `path` is a regular file or a link to one."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_blob_id(path: Path) -> str:
+    """The id that git gives this content: SHA-1 over a header and the bytes."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

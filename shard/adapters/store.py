@@ -1,0 +1,133 @@
+"""Adapters on this host: fetched once however many ask, kept in memory, parsed again from disk if need be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ..errors import AdapterNotFound, AdapterRejected
+from .host_cache import HostCache
+from .manifest import AdapterManifest, AdapterRequest
+from .progress import OnProgress
+from .weights import PackedAdapter
+from .worker import AdapterWorker
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a digest lies on disk, and what its first request called it."""
+
+    name: str
+    directory: Path
+
+
+@dataclass(slots=True)
+class _Flight(Generic[Result]):
+    """Work in progress that several callers wait for."""
+
+    task: asyncio.Task[Result]
+    listeners: list[OnProgress] = field(default_factory=list)
+
+
+class AdapterStore:
+    """Owns the worker and the host-memory tier. Used from one event loop."""
+
+    def __init__(self, worker: AdapterWorker, cache: HostCache) -> None:
+        self._worker = worker
+        self._cache = cache
+        self._origins: dict[str, _Origin] = {}
+        self._downloads: dict[Hashable, _Flight[AdapterManifest]] = {}
+        self._packs: dict[Hashable, _Flight[PackedAdapter]] = {}
+
+    async def start(self) -> None:
+        """Start the worker ahead of the first request."""
+        await self._worker.start()
+
+    async def stop(self) -> None:
+        """End the worker; whoever still waits gets AdapterFetchFailed."""
+        await self._worker.stop()
+        downloads = [flight.task for flight in self._downloads.values()]
+        packs = [flight.task for flight in self._packs.values()]
+        await asyncio.gather(*downloads, *packs, return_exceptions=True)
+
+    async def download(self, request: AdapterRequest, on_progress: OnProgress) -> AdapterManifest:
+        """Fetch, verify and parse an adapter; equal requests share one fetch, and its progress.
+
+        Once begun a fetch goes on, even if all who asked for it have left.
+
+        Raises AdapterNotFound, AdapterRejected (also for a digest other than expected), AdapterFetchFailed.
+        """
+        key = request.key()
+        flight = self._downloads.get(key)
+        if flight is None:
+            flight = _launch(self._downloads, key, self._download(request))
+        flight.listeners.append(on_progress)
+        try:
+            manifest = await asyncio.shield(flight.task)
+        finally:
+            flight.listeners.remove(on_progress)
+        if request.expect_digest and manifest.digest != request.expect_digest:
+            raise AdapterRejected(
+                f"adapter {request.id!r}: digest {request.expect_digest} was expected, this host arrived at "
+                f"{manifest.digest}; the source has changed between hosts"
+            )
+        return manifest
+
+    async def host_weights(self, digest: str) -> PackedAdapter:
+        """A downloaded adapter's weights, from host memory or parsed again from its files.
+
+        Raises AdapterNotFound for a digest that was never downloaded here, AdapterRejected where its files
+        have changed since.
+        """
+        if (adapter := self._cache.get(digest)) is not None:
+            return adapter
+        origin = self._origin(digest)
+        flight = self._packs.get(digest)
+        if flight is None:
+            flight = _launch(self._packs, digest, self._pack(digest, origin))
+        return await asyncio.shield(flight.task)
+
+    def directory(self, digest: str) -> Path:
+        """Where a downloaded adapter's files lie, its own tokenizer included. Raises AdapterNotFound."""
+        return self._origin(digest).directory
+
+    async def _download(self, request: AdapterRequest) -> AdapterManifest:
+        def report(done: int, total: int) -> None:
+            for listener in tuple(self._downloads[request.key()].listeners):
+                listener(done, total)
+
+        downloaded = await self._worker.download(request, report)
+        digest = downloaded.manifest.digest
+        self._origins[digest] = _Origin(request.id, downloaded.directory)
+        self._cache.put(digest, downloaded.packed)
+        return downloaded.manifest
+
+    async def _pack(self, digest: str, origin: _Origin) -> PackedAdapter:
+        packed = await self._worker.pack(origin.name, origin.directory, digest)
+        self._cache.put(digest, packed)
+        return packed
+
+    def _origin(self, digest: str) -> _Origin:
+        if (origin := self._origins.get(digest)) is None:
+            raise AdapterNotFound(f"no adapter with digest {digest[:64]!r} was downloaded to this host")
+        return origin
+
+
+def _launch(
+    flights: dict[Hashable, _Flight[Result]], key: Hashable, work: Coroutine[Any, Any, Result]
+) -> _Flight[Result]:
+    """Start `work` as the flight of `key`, which ends with it."""
+
+    def land(task: asyncio.Task[Result]) -> None:
+        del flights[key]
+        if not task.cancelled():
+            task.exception()  # seen: nobody may be left to await it
+
+    flight = flights[key] = _Flight(asyncio.create_task(work))
+    flight.task.add_done_callback(land)
+    return flight
