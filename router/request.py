@@ -71,7 +71,7 @@ class TokenStream:
         self.closed = False
 
     def put(self, event: TokenEvent | RouterError) -> None:
-        """Append an event and wake the reader. A typed error or a `finish` closes the stream; later puts are bugs."""
+        """Append an event and wake the reader. A typed error or a `finish` closes the stream for good."""
         if self.closed:
             raise RuntimeError("a terminal event was already sent on this stream")
         self.closed = isinstance(event, RouterError) or event.finish is not None

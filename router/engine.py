@@ -1,0 +1,291 @@
+"""The engine: what the API calls, and the one task in which the router's state changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+
+from ..proto import shard_pb2
+from .adapters import Adapter
+from .client import AdapterStatus, ModelInfo
+from .config import RouterConfig
+from .core import Core
+from .errors import Draining, InternalError, InvalidRequest, Overloaded, RouterError
+from .fetches import AdapterTasks
+from .group import context_length
+from .messages import (
+    Cancelled,
+    DrainEnded,
+    GroupLost,
+    GroupReady,
+    LoadWished,
+    Message,
+    StepAnswered,
+    Submitted,
+    UnloadWished,
+    Unpinned,
+)
+from .metrics import Metrics
+from .request import Request
+from .sequence import Sequence
+from .shards import ShardGroup
+from .sources import adapter_not_found
+
+log = logging.getLogger(__name__)
+
+TICK = 0.25
+"""Seconds between two looks at the clock while requests wait."""
+
+
+class Engine:
+    """`EngineClient` over one shard group.
+
+    Calls from the API and events of the group are messages to one task, which alone changes state. A
+    refusal is raised in the caller's own task, from a read of that state.
+
+    Args:
+        patience_lost: seconds that requests wait for a lost group to come back.
+        jitter: of the backoffs.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        shards: ShardGroup,
+        metrics: Metrics,
+        *,
+        patience_lost: float = 60.0,
+        jitter: random.Random | None = None,
+    ) -> None:
+        self._config = config
+        self._shards = shards
+        self._metrics = metrics
+        self._patience_lost = patience_lost
+        self._tasks = AdapterTasks(shards, self._post)
+        self._core = Core(
+            config,
+            shards,
+            self._tasks,
+            metrics,
+            patience_lost=patience_lost,
+            jitter=jitter or random.Random(),
+        )
+        self._inbox: deque[Message] = deque()
+        self._wake = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._first_ready = asyncio.Event()
+        self._draining = False
+        self._tick: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        metrics.snapshot = self._core.snapshot
+
+    # Life.
+
+    def start(self) -> None:
+        """Start the loop and connect to the shards. Must run on the event loop."""
+        self._task = asyncio.create_task(self._run(), name="engine")
+        self._shards.start(self)
+
+    async def wait_ready(self) -> None:
+        """Return once a group has answered for the first time."""
+        await self._first_ready.wait()
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, give accepted ones `timeout` seconds, then end the rest with Draining."""
+        self._draining = True
+        self._wake.set()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._until_quiet()
+        except TimeoutError:
+            self._post(DrainEnded())
+
+    async def close(self) -> None:
+        """Stop: whatever is still accepted ends with Draining, tasks and streams are closed."""
+        self._draining = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._tick is not None:
+            self._tick.cancel()
+        self._take_inbox(asyncio.get_running_loop().time())
+        self._core.end_all(lambda: Draining("The server is going down.", retry_after=10.0))
+        await self._tasks.close()
+        await self._shards.close()
+
+    # EngineClient.
+
+    @property
+    def model(self) -> ModelInfo:
+        info = self._core.info
+        if info is None:
+            raise Overloaded("The model is still being loaded.", retry_after=5.0)
+        return ModelInfo(
+            name=self._config.served_model_name,
+            model=info.model,
+            digest=info.model_digest,
+            architecture=info.architecture,
+            device=info.device,
+            dtype=info.dtype,
+            max_model_len=context_length(info),
+            vocab_size=info.vocab_size,
+        )
+
+    @property
+    def info(self) -> shard_pb2.InfoReply | None:
+        """What the present shard group says of itself, or the last one did; None before the first."""
+        return self._core.info
+
+    @property
+    def ready(self) -> bool:
+        return self._core.group is not None and not self._draining
+
+    def submit(self, request: Request) -> None:
+        try:
+            sequence = self._accept(request)
+            self._core.bounds.take(sequence)
+        except RouterError as error:
+            self._metrics.refusals[error.code] += 1
+            raise
+        self._core.live[request.id] = sequence
+        self._post(Submitted(sequence))
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._core.live:
+            self._post(Cancelled(request_id))
+
+    def resolve(self, name: str, *, tenant: str, source: str = "", token: str = "") -> str:
+        return self._core.registry.resolve(name, tenant=tenant, source=source, token=token)
+
+    async def load_adapter(
+        self, name: str, source: str, *, tenant: str, token: str = "", pin: bool = False
+    ) -> AdapterStatus:
+        self._refuse_when_down()
+        adapter = self._core.registry.register(name, source, tenant=tenant, token=token)
+        return await self._make_resident(adapter, pin)
+
+    async def unload_adapter(self, name: str, *, tenant: str) -> int:
+        self._refuse_when_down()
+        adapter = self._core.registry.find(name, tenant)
+        self._core.registry.close(adapter)
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._post(UnloadWished(adapter, done))
+        return await done
+
+    async def pin_adapter(self, name: str, pinned: bool, *, tenant: str) -> AdapterStatus:
+        self._refuse_when_down()
+        adapter = self._core.registry.find(name, tenant)
+        if pinned:
+            return await self._make_resident(adapter, True)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._post(Unpinned(adapter, done))
+        await done
+        return self._core.status(adapter)
+
+    def adapters(self, *, tenant: str) -> list[AdapterStatus]:
+        return [self._core.status(adapter) for adapter in self._core.registry.visible(tenant)]
+
+    # GroupEvents.
+
+    def group_ready(self, epoch: int, info: shard_pb2.InfoReply) -> None:
+        self._post(GroupReady(epoch, info))
+
+    def step_answered(self, result: shard_pb2.StepResult) -> None:
+        self._post(StepAnswered(result))
+
+    def group_lost(self, epoch: int, error: RouterError) -> None:
+        self._post(GroupLost(epoch, error))
+
+    # Acceptance, in the caller's task.
+
+    def _refuse_when_down(self) -> None:
+        if self._draining:
+            raise Draining("The server is going down.", retry_after=10.0)
+        if self._core.info is None:
+            raise Overloaded("The model is still being loaded.", retry_after=5.0)
+        if self._core.lost_at is not None and self._now() - self._core.lost_at > self._patience_lost:
+            raise Overloaded("The model's process is away.", retry_after=10.0)
+
+    def _accept(self, request: Request) -> Sequence:
+        """Check a request against the model and its adapters; raises what the caller shall see."""
+        self._refuse_when_down()
+        info = self._core.info
+        assert info is not None
+        if request.id in self._core.live:
+            raise InternalError(f"Request id {request.id} is in use.")
+        room = context_length(info) - len(request.prompt)
+        if not request.prompt or room < 1:
+            raise InvalidRequest(
+                f"The prompt has {len(request.prompt)} tokens; it must have 1 to {context_length(info) - 1}.",
+                param="prompt",
+            )
+        keys = tuple(sorted({use.key for use in request.adapters}))
+        self._check_adapters(keys, info)
+        return Sequence(request, next(self._core.tickets), keys, max(1, min(request.params.max_tokens, room)))
+
+    def _check_adapters(self, keys: tuple[str, ...], info: shard_pb2.InfoReply) -> None:
+        if len(keys) > info.adapter_slots:
+            raise InvalidRequest(
+                f"A request may name at most {info.adapter_slots} adapters.", param="adapters"
+            )
+        for key in keys:
+            adapter = self._core.registry.get(key)
+            if adapter is None or adapter.closing:
+                raise adapter_not_found(adapter.name if adapter else key.rpartition("#")[0])
+            if adapter.failure is not None and adapter.retry_at > self._now():
+                raise adapter.error(self._now())
+
+    async def _make_resident(self, adapter: Adapter, pin: bool) -> AdapterStatus:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._post(LoadWished(adapter, pin, done))
+        await done
+        return self._core.status(adapter)
+
+    # The loop.
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _post(self, message: Message) -> None:
+        self._inbox.append(message)
+        self._wake.set()
+
+    async def _run(self) -> None:
+        """Apply what came in, then send steps; look at the clock now and then while something waits."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                self._turn(loop.time())
+            except Exception:  # the loop's outermost edge: a bug ends requests, not the service
+                log.exception("the engine failed; every request is ended")
+                self._core.recover()
+                self._wake.set()
+            if self._core.quiet:
+                self._quiet.set()
+            if self._core.waits and self._tick is None:
+                self._tick = loop.call_later(TICK, self._on_tick)
+
+    def _turn(self, now: float) -> None:
+        self._take_inbox(now)
+        self._core.advance(now)
+        if self._core.group is not None:
+            self._first_ready.set()
+
+    def _take_inbox(self, now: float) -> None:
+        inbox, handle = self._inbox, self._core.handle
+        while inbox:
+            handle(inbox.popleft(), now)
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self._wake.set()
+
+    async def _until_quiet(self) -> None:
+        """Return when nothing is accepted, planned or in flight."""
+        while self._inbox or not self._core.quiet:
+            self._quiet.clear()
+            await self._quiet.wait()
