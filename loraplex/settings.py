@@ -226,7 +226,8 @@ _SERVED_FIELDS = (
     *("model", "revision", "served_model_name", "device", "dtype", "host", "port", "grpc_port"),
     *("adapters", "adapter_roots", "allow_sources", "adapter_memory", "host_adapter_memory"),
     *("max_adapters", "max_rank", "kv_memory", "max_model_len", "max_num_seqs"),
-    *("max_queued_requests", "max_queued_tokens", "api_key_file", "drain_timeout"),
+    *("max_step_tokens", "max_queued_requests", "max_queued_tokens", "adapter_patience"),
+    *("api_key_file", "drain_timeout", "threads"),
 )
 
 

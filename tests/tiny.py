@@ -131,7 +131,12 @@ def build_adapter(base: Path, directory: Path, recipe: AdapterRecipe, *, seed: i
     model = AutoModelForCausalLM.from_pretrained(base)
     targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, target_modules=targets, task_type="CAUSAL_LM", **recipe.extra
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=targets,
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+        **recipe.extra,
     )
     wrapped = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)

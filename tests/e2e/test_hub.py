@@ -32,7 +32,9 @@ def hub() -> Iterator[FakeHub]:
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+def adapters(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {
         f"org/a{index}": build_adapter(

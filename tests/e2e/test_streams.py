@@ -143,10 +143,12 @@ async def test_streams_that_are_left_free_what_they_held(roomy: Server) -> None:
     asked = bodies()[:60]
 
     async def leave(body: dict[str, Any]) -> None:
-        async with aiohttp.ClientSession() as session:
-            async with session.post(f"{roomy.url}/v1/completions", json=body | {"stream": True}) as response:
-                await response.content.readline()
-                response.close()
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{roomy.url}/v1/completions", json=body | {"stream": True}) as response,
+        ):
+            await response.content.readline()
+            response.close()
 
     streams, *_ = await asyncio.gather(
         stream_all(roomy.url, asked[::2]), *(leave(body | {"max_tokens": 400}) for body in asked[1::2])

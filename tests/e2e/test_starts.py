@@ -1,0 +1,67 @@
+"""The server starts and answers wherever it is started from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .server import serving
+
+ROOT = Path(__file__).resolve().parents[2]
+DEAD = "http://127.0.0.1:9"
+PROXIES = dict.fromkeys(
+    ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "grpc_proxy"), DEAD
+)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with loraplex installed from a wheel, as `pip install --target` leaves it."""
+    wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(ROOT)], check=True, timeout=300)
+    [wheel] = wheels.glob("loraplex-*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, timeout=300
+    )
+    return target
+
+
+def one_request(arguments: list[str], log: Path, **options: object) -> None:
+    with serving(arguments, log, **options) as server:
+        for model in ("base", "alpha"):
+            assert server.complete(model, "hello")["usage"]["completion_tokens"] == 8
+        assert server.stop() == 0
+
+
+def test_from_the_root_of_the_checkout(arguments: list[str], tmp_path: Path) -> None:
+    """With the checkout on the path, transformers finds our folder named `kernels`."""
+    command = (sys.executable, "-m", "loraplex")
+    one_request(arguments, tmp_path / "log", cwd=ROOT, command=command)
+
+
+def test_by_the_console_script_from_another_folder(arguments: list[str], tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "loraplex"
+    one_request(arguments, tmp_path / "log", cwd=tmp_path, command=(str(script),))
+
+
+def test_from_a_wheel_installed_elsewhere(arguments: list[str], elsewhere: Path, tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(elsewhere)}
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", "import loraplex; print(loraplex.__file__)"],
+        env=dict(os.environ) | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.startswith(str(elsewhere))
+    one_request(arguments, tmp_path / "log", env=environment)
+
+
+def test_with_a_dead_proxy_in_the_environment(arguments: list[str], tmp_path: Path) -> None:
+    one_request(arguments, tmp_path / "log", env=PROXIES)
