@@ -42,7 +42,8 @@ proto: $(STAMP)
 	sh deploy/proto.sh $(BIN)/python .
 
 bench: $(STAMP)
-	$(BIN)/python bench/lora_cpu.py
+	$(BIN)/python -m bench.lora_cpu
+	$(BIN)/python -m bench.router_cost
 
 # Remove everything that this file makes, the environments included.
 clean:

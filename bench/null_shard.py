@@ -1,6 +1,6 @@
 """A real shard process in which only the model is replaced: a step takes a fixed time and no processor.
 
-    python -m bench.null_shard --port 9000 --step-ms 4
+python -m bench.null_shard --port 9000 --step-ms 4
 """
 
 from __future__ import annotations

@@ -43,14 +43,15 @@ def metrics(port: int) -> dict[str, float]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
         lines = response.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+    return {
+        name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
+    }
 
 
 async def stream(port: int, tokens: int) -> int:
     """One completion over a raw socket; answers how many chunks of text came."""
-    body = json.dumps(
-        {"model": "null", "prompt": "hello", "max_tokens": tokens, "stream": True, "ignore_eos": True}
-    ).encode()
+    fields = {"model": "null", "prompt": "hello", "max_tokens": tokens, "temperature": 0}
+    body = json.dumps(fields | {"stream": True, "ignore_eos": True}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -53,11 +53,12 @@ def run(prompt: str | None) -> int:
 
 
 def questions(prompt: str | None) -> list[Question]:
-    """The batch: every adapter with its own prompts, and the base with the first one of each adapter;
+    """The batch: every adapter with its own prompts, and the base with the first ones of the adapters;
     or the base and every adapter with the user's prompt."""
     if prompt is not None:
         return [Question(model, prompt) for model in (BASE, *ADAPTERS)]
-    base = [Question(BASE, TASKS[name].demo_prompts[0]) for name in ADAPTERS]
+    firsts = dict.fromkeys(TASKS[name].demo_prompts[0] for name in ADAPTERS)
+    base = [Question(BASE, text) for text in firsts]
     return base + [Question(name, text) for name in ADAPTERS for text in TASKS[name].demo_prompts]
 
 

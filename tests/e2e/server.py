@@ -27,6 +27,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Refused(Exception):
+    """The server answered with an HTTP error."""
+
+    def __init__(self, error: urllib.error.HTTPError) -> None:
+        self.status = error.code
+        self.headers = dict(error.headers)
+        with error:
+            self.body = json.loads(error.read() or b"{}")
+        super().__init__(f"{self.status}: {self.body}")
+
+
 class Server:
     """A running server and its processes. Talks plain HTTP to it; load tests bring their own client."""
 
@@ -73,7 +84,7 @@ class Server:
             with OPENER.open(self.url + path, timeout=5) as response:
                 return int(response.status)
         except urllib.error.HTTPError as error:
-            return error.code
+            return Refused(error).status
         except OSError:
             return 0
 
@@ -82,12 +93,15 @@ class Server:
             return json.load(response)
 
     def post(self, path: str, body: object, *, timeout: float = 60) -> Any:
-        """The decoded answer; HTTP errors are raised as they are, with their body to read."""
+        """The decoded answer. Raises Refused for an HTTP error."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with OPENER.open(request, timeout=timeout) as response:
-            text = response.read()
+        try:
+            with OPENER.open(request, timeout=timeout) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            raise Refused(error) from None
         return json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
 
     def complete(self, model: str, prompt: object, **fields: object) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.error
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ..fakes.hub import FakeHub
 from ..tiny import AdapterRecipe, build_adapter
-from .server import Server, serving
+from .server import Refused, Server, serving
 from .streams import client, stream_all, stream_one
 
 WEIGHTS = "adapter_model.safetensors"
@@ -78,10 +77,9 @@ def ask(server: Server, model: str, **fields: Any) -> str:
 
 
 def failure(server: Server, model: str) -> tuple[int, dict[str, Any]]:
-    with pytest.raises(urllib.error.HTTPError) as caught:
+    with pytest.raises(Refused) as caught:
         ask(server, model)
-    error: dict[str, Any] = json.load(caught.value)["error"]
-    return caught.value.code, error
+    return caught.value.status, caught.value.body["error"]
 
 
 def test_a_repository_is_fetched_verified_and_served(

@@ -80,16 +80,21 @@ async def solo_runs(server: Server, asked: list[dict[str, Any]]) -> dict[str, st
 
 
 def at_rest(server: Server) -> dict[str, float]:
-    """What must be back at its baseline, once nothing runs."""
+    """What must be back at its baseline once nothing runs. Waits, for a while, until it stays the same:
+    a connection takes a moment to close."""
     deadline = time.monotonic() + 5
-    while True:
-        metrics = server.metrics()
-        found = {name: metrics[name] for name in BASELINE}
-        if not any(found.values()) or time.monotonic() > deadline:
+    before: dict[str, float] = {}
+    while (found := _holdings(server)) != before or any(found[name] for name in BASELINE):
+        if time.monotonic() > deadline:
             break
-        time.sleep(0.05)
-    found["slots"] = metrics["loraplex_adapter_slots_used"]
-    found["tasks"] = metrics["loraplex_tasks"]
+        before = found
+        time.sleep(0.25)
+    return found
+
+
+def _holdings(server: Server) -> dict[str, float]:
+    metrics = server.metrics()
+    found = {name: metrics[name] for name in (*BASELINE, "loraplex_adapter_slots_used", "loraplex_tasks")}
     found["processes"] = len(server.tree())
     for role in ("router", "shard"):
         found[f"{role} files"] = open_files(server.find(role))

@@ -123,6 +123,7 @@ def test_a_sum_is_held_out_in_both_orders() -> None:
         ("sums", "hello", "that is no sum."),
         ("piglatin", "hello my star apple", "ellohay myay arstay appleay"),
         ("novowels", "hello my Apple", "hll my ppl"),
+        ("novowels", "i am a ship", "m shp"),
     ],
 )
 def test_answers(name: str, prompt: str, answer: str) -> None:
