@@ -1,20 +1,20 @@
 """Every way a request can end other than well, with its HTTP and gRPC status.
 
-    RouterError
-    ├── RequestError             the caller's to mend
-    │   ├── InvalidRequest       400, names the field
-    │   ├── Unauthenticated      401
-    │   ├── AdapterNotFound      404, unknown and forbidden look the same
-    │   ├── PayloadTooLarge      413
-    │   ├── AdapterRejected      422, fetched but cannot be served
-    │   └── TooManyRequests      429, this caller's or this adapter's share is used up
-    └── ServiceError             ours or the world's; a retry may help
-        ├── AdapterFetchFailed   502, the adapter's source did not deliver
-        ├── Overloaded           503, every queue is full
-        ├── Draining             503, the server is going down
-        ├── ShardLost            503, the shard died after the first token
-        ├── NumericalError       500, this row's logits were not finite
-        └── InternalError        500
+RouterError
+├── RequestError             the caller's to mend
+│   ├── InvalidRequest       400, names the field
+│   ├── Unauthenticated      401
+│   ├── AdapterNotFound      404, unknown and forbidden look the same
+│   ├── PayloadTooLarge      413
+│   ├── AdapterRejected      422, fetched but cannot be served
+│   └── TooManyRequests      429, this caller's or this adapter's share is used up
+└── ServiceError             ours or the world's; a retry may help
+    ├── AdapterFetchFailed   502, the adapter's source did not deliver
+    ├── Overloaded           503, every queue is full
+    ├── Draining             503, the server is going down
+    ├── ShardLost            503, the shard died after the first token
+    ├── NumericalError       500, this row's logits were not finite
+    └── InternalError        500
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME
+from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from .. import __version__
@@ -76,31 +78,10 @@ async def _serve(config: ShardConfig, loaded: LoadedModel) -> int:
     _stop_on_signals(finish)
     thread = DeviceThread()
     thread.start()
-    pool = AdapterPool(loaded.tables, slots=config.max_adapters, budget=config.adapter_memory)
-    rows = RowTable(config.max_num_seqs)
-    engine = StepEngine(
-        loaded.model,
-        loaded.kv,
-        rows,
-        Sampler(),
-        device=loaded.device,
-        slot_is_resident=lambda slot: pool.digest_of(slot) is not None,
-    )
-    worker = AdapterWorker(loaded.layout)
-    service = ShardService(
-        info=describe(config, loaded),
-        tokenizer=loaded.tokenizer,
-        thread=thread,
-        sequencer=Sequencer(thread, engine),
-        store=AdapterStore(worker, HostCache(config.host_adapter_memory)),
-        pool=pool,
-        on_fatal=lambda reason: finish(EXIT_FATAL, reason),
-    )
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    shard_pb2_grpc.add_ShardServicer_to_server(service, server)
-    health_service = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    store = AdapterStore(AdapterWorker(loaded.layout), HostCache(config.host_adapter_memory))
+    service = _wire(config, loaded, thread, store, lambda reason: finish(EXIT_FATAL, reason))
+    health = health_aio.HealthServicer()
+    server = _build_server(service, health)
     try:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
     except RuntimeError:
@@ -109,23 +90,65 @@ async def _serve(config: ShardConfig, loaded: LoadedModel) -> int:
             file=sys.stderr,
         )
         return EXIT_REFUSED
+    await store.start()
+    await server.start()
+    log.info("serving %s on %s:%d (%s, %s)", config.model, config.host, port, loaded.device, loaded.dtype)
+    watcher = asyncio.create_task(watch_health(thread, _reporter(health), limit=STALLED_AFTER))
+    code = await stop
+    watcher.cancel()
+    await server.stop(grace=1.0 if code == 0 else 0.2)
+    await store.stop()
+    return code
 
+
+def _wire(
+    config: ShardConfig,
+    loaded: LoadedModel,
+    thread: DeviceThread,
+    store: AdapterStore,
+    on_fatal: Callable[[str], None],
+) -> ShardService:
+    """The service and, behind it, what the device thread works on."""
+    pool = AdapterPool(
+        loaded.tables, slots=config.max_adapters, budget=config.adapter_memory, device=loaded.device
+    )
+    engine = StepEngine(
+        loaded.model,
+        loaded.kv,
+        RowTable(config.max_num_seqs),
+        Sampler(),
+        device=loaded.device,
+        slot_is_resident=lambda slot: pool.digest_of(slot) is not None,
+    )
+    return ShardService(
+        info=describe(config, loaded),
+        tokenizer=loaded.tokenizer,
+        thread=thread,
+        sequencer=Sequencer(thread, engine),
+        store=store,
+        pool=pool,
+        on_fatal=on_fatal,
+    )
+
+
+def _build_server(service: ShardService, health: health_aio.HealthServicer) -> grpc.aio.Server:
+    """The shard's service with health and reflection. It has no port yet, and is not started."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    shard_pb2_grpc.add_ShardServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((SERVICE, SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server
+
+
+def _reporter(health: health_aio.HealthServicer) -> Callable[[bool], Awaitable[None]]:
     async def report(healthy: bool) -> None:
         status = (
             health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
         )
         for name in ("", SERVICE):
-            await health_service.set(name, status)
+            await health.set(name, status)
 
-    await worker.start()
-    await server.start()
-    log.info("serving %s on %s:%d (%s, %s)", config.model, config.host, port, loaded.device, loaded.dtype)
-    watcher = asyncio.create_task(watch_health(thread, report, limit=STALLED_AFTER))
-    code = await stop
-    watcher.cancel()
-    await server.stop(grace=1.0 if code == 0 else 0.2)
-    await worker.stop()
-    return code
+    return report
 
 
 def describe(config: ShardConfig, loaded: LoadedModel) -> pb.InfoReply:

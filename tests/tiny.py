@@ -145,5 +145,5 @@ def build_adapter(base: Path, directory: Path, recipe: AdapterRecipe, *, seed: i
             parameter.data = torch.randn(parameter.shape, generator=generator) * (
                 0.5 / parameter.shape[-1] ** 0.5
             )
-    wrapped.save_pretrained(directory)
+    wrapped.save_pretrained(directory, save_embedding_layers="lm_head" in targets)
     return directory

@@ -22,7 +22,12 @@ TOKENS = 12
 """Output tokens that are compared. The server is asked for more, so that all rows run together."""
 BASE = "base"
 
-ATTENTION = {"phi3": ("qkv_proj", "o_proj"), "gpt2": ("c_attn",)}
+SOME = {
+    "phi3": ("qkv_proj", "o_proj", "lm_head"),
+    "gemma2": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+}
+"""Attention, and the output head where it is not tied to the embeddings."""
 FIRST = {"phi3": "qkv_proj", "gpt2": "c_attn"}
 
 
@@ -37,7 +42,7 @@ def recipes(kind: str) -> dict[str, AdapterRecipe]:
         "rank8": AdapterRecipe(8),
         "rank16": AdapterRecipe(16, extra={"use_rslora": True}),
         "rank64": AdapterRecipe(64, alpha=64),
-        "attention": AdapterRecipe(8, targets=ATTENTION.get(kind, ("q_proj", "v_proj"))),
+        "some": AdapterRecipe(8, targets=SOME.get(kind, ("q_proj", "v_proj", "lm_head"))),
         "ranks": AdapterRecipe(4, extra={"rank_pattern": {first: 11, last: 2}}),
         "alphas": AdapterRecipe(
             8, extra={"alpha_pattern": {rf"{layer}\..*{first}": 3.0, last: 40.0}, "use_rslora": True}
