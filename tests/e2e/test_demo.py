@@ -50,8 +50,8 @@ async def test_every_adapter_is_right_and_the_base_is_not(bundled: Server) -> No
     turns = [(name, index) for index in range(HELD_OUT) for name in TASKS]
     for models in ({name: name for name in TASKS}, dict.fromkeys(TASKS, "base")):
         right = dict.fromkeys(TASKS, 0)
-        for first in range(0, len(turns), 600):
-            part = turns[first : first + 600]
+        for first in range(0, len(turns), 400):
+            part = turns[first : first + 400]
             texts = await outputs(bundled, [(models[name], examples[name][index]) for name, index in part])
             for (name, index), text in zip(part, texts, strict=True):
                 right[name] += TASKS[name].is_right(examples[name][index], text)
