@@ -134,9 +134,8 @@ def build_adapter(base: Path, directory: Path, recipe: AdapterRecipe, *, seed: i
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=targets,
-        fan_in_fan_out=model.config.model_type == "gpt2",
         task_type="CAUSAL_LM",
-        **recipe.extra,
+        **{"fan_in_fan_out": model.config.model_type == "gpt2", **recipe.extra},
     )
     wrapped = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)

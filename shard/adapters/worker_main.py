@@ -80,7 +80,12 @@ class Worker:
                 self._output.flush()
         except BrokenPipeError:
             _log.warning("the shard is gone; leaving")
-            os._exit(0)
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Delete the spool and end this process, whatever is still running."""
+        shutil.rmtree(self._spool, ignore_errors=True)
+        os._exit(0)
 
     def beat(self) -> None:
         """Say at intervals that this process lives, for ever."""
@@ -132,7 +137,7 @@ def _claim_stdout() -> BinaryIO:
 
 
 def main() -> NoReturn:
-    """Serve until standard input ends, then delete the spool and leave, whatever is still running."""
+    """Serve until standard input ends."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     hub_logging.set_verbosity(logging.ERROR)  # its warnings show signed addresses
     os.nice(NICENESS)
@@ -145,8 +150,7 @@ def main() -> NoReturn:
     commands = msgspec.json.Decoder(Command)
     for line in sys.stdin.buffer:
         pool.submit(worker.run, commands.decode(line))
-    shutil.rmtree(setup.spool, ignore_errors=True)
-    os._exit(0)
+    worker.leave()
 
 
 if __name__ == "__main__":

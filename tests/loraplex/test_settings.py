@@ -88,6 +88,7 @@ def test_serve_takes_the_documented_flags() -> None:
         *("--adapter-memory", "--host-adapter-memory", "--max-adapters", "--max-rank"),
         *("--kv-memory", "--max-model-len", "--max-num-seqs"),
         *("--max-queued-requests", "--max-queued-tokens", "--api-key-file", "--drain-timeout"),
+        *("--max-step-tokens", "--adapter-patience", "--threads"),
     }
     assert {setting.flag for setting in SERVE if not setting.positional} == documented
 
