@@ -169,7 +169,7 @@ class GrpcShardGroup:
                 log.info("shard group ready: %s on %s, epoch %d", info.model, info.device, connection.epoch)
                 self._connection = connection
                 events.group_ready(connection.epoch, info)
-                reason = await connection.lost
+                reason = await asyncio.shield(connection.lost)  # else our own end would look like a loss
                 self._connection = None
                 log.error("shard group lost, epoch %d: %s", connection.epoch, reason)
                 lost = ShardLost("The model's process failed during this request.", retry_after=5.0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..kernels.ops import Entries, Routing, route
 from ..proto import shard_pb2 as pb
 from .errors import BadPlan
 from .rows import Row, RowTable
+
+_Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,108 +77,107 @@ class Batch:
         return len(self.token_routing.slots)
 
 
-class _Builder:
-    """Collects the flat lists of one batch."""
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
-        self.kv_slots: list[int] = []
-        self.entries: list[Entries] = []
-        self.logit_rows: list[int] = []
-        self.samples: list[Row] = []
-        self.sample_rows: list[int] = []
-        self.scored: list[Scored] = []
-
-    def add_tokens(self, row: Row, start: int, tokens: Sequence[int]) -> None:
-        size = self._block_size
-        if start + len(tokens) > len(row.blocks) * size:
-            raise BadPlan(
-                f"row {row.id} has {len(row.blocks)} blocks, too few for position {start + len(tokens) - 1}"
-            )
-        positions = range(start, start + len(tokens))
-        self.token_ids.extend(tokens)
-        self.positions.extend(positions)
-        self.kv_slots.extend(row.blocks[p // size] * size + p % size for p in positions)
-        self.entries.extend(row.entries_between(start, start + len(tokens)))
-
-    def sample_from_last(self, row: Row) -> None:
-        self._want_logits(len(self.token_ids) - 1)
-        self.samples.append(row)
-        self.sample_rows.append(len(self.logit_rows) - 1)
-
-    def score(self, row: Row, start: int, count: int) -> None:
-        """Ask for the logits of the last `count` tokens added, the first of them at position `start`."""
-        self.scored.append(Scored(row, len(self.logit_rows), count, start))
-        for index in range(len(self.token_ids) - count, len(self.token_ids)):
-            self._want_logits(index)
-
-    def _want_logits(self, index: int) -> None:
-        if not self.logit_rows or self.logit_rows[-1] != index:
-            self.logit_rows.append(index)
-
-
 def build_batch(plan: pb.StepPlan, rows: RowTable, *, block_size: int, device: torch.device) -> Batch:
     """Flatten a plan whose starts, block tables and ends have been applied to `rows`.
 
     Appends the chunks' tokens to their rows. Decode rows that are masked take no part. Rows with the
     same adapters are laid side by side, so that their tokens form one slice.
     """
-    builder = _Builder(block_size)
+    builder = _Builder(rows, block_size, device)
     decoding = [row for row in map(rows.__getitem__, plan.decode_rows) if not row.masked]
     decoding.sort(key=Row.last_entries)
-    for row in decoding:
-        builder.add_tokens(row, len(row.tokens) - 1, row.tokens[-1:])
-        builder.sample_from_last(row)
-    prompts = _add_chunks(builder, plan.chunks, rows, device)
-
-    def tensor(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    return Batch(
-        token_ids=tensor(builder.token_ids),
-        positions=tensor(builder.positions),
-        kv_slots=tensor(builder.kv_slots),
-        decode=_decode_segment(decoding, block_size, device) if decoding else None,
-        prompts=tuple(prompts),
-        logit_rows=tensor(builder.logit_rows),
-        token_routing=route(builder.entries),
-        logit_routing=route([builder.entries[index] for index in builder.logit_rows]),
-        samples=tuple(builder.samples),
-        sample_rows=tuple(builder.sample_rows),
-        scored=tuple(builder.scored),
-        row_count=len(decoding) + len(prompts),
-    )
+    decode = builder.add_decode(decoding) if decoding else None
+    chunks = [(rows[chunk.row], chunk) for chunk in plan.chunks]
+    chunks.sort(key=lambda pair: pair[0].last_entries())
+    prompts = tuple(builder.add_chunk(row, chunk) for row, chunk in chunks)
+    return builder.batch(decode, prompts)
 
 
-def _add_chunks(
-    builder: _Builder, chunks: Sequence[pb.PromptChunk], rows: RowTable, device: torch.device
-) -> list[PromptSegment]:
-    segments = []
-    for chunk in sorted(chunks, key=lambda chunk: rows[chunk.row].last_entries()):
-        row = rows[chunk.row]
+class _Builder:
+    """Collects the flat arrays of one batch: the decode rows at once, then chunk by chunk."""
+
+    def __init__(self, rows: RowTable, block_size: int, device: torch.device) -> None:
+        self._tables = rows.block_tables
+        self._block_size = block_size
+        self._device = device
+        self._count = 0
+        self._token_ids: list[list[int]] = []
+        self._positions: list[_Ids] = []
+        self._kv_slots: list[_Ids] = []
+        self._entries: list[Entries] = []
+        self._logit_rows: list[int] = []
+        self._samples: list[Row] = []
+        self._sample_rows: list[int] = []
+        self._scored: list[Scored] = []
+
+    def add_decode(self, decoding: list[Row]) -> DecodeSegment:
+        """The newest token of each row; every one of them is sampled from."""
+        lengths = np.array([len(row.tokens) for row in decoding])
+        lines = np.array([row.id for row in decoding])
+        self._check_room(decoding, lengths)
+        positions = lengths - 1
+        blocks = self._tables[lines, positions // self._block_size]
+        self._append([row.tokens[-1] for row in decoding], positions, blocks)
+        self._entries += [row.last_entries() for row in decoding]
+        self._logit_rows += range(len(decoding))
+        self._samples += decoding
+        self._sample_rows += range(len(decoding))
+        width = -(-int(lengths.max()) // self._block_size)
+        return DecodeSegment(self._tensor(self._tables[lines, :width]), self._tensor(lengths))
+
+    def add_chunk(self, row: Row, chunk: pb.PromptChunk) -> PromptSegment:
+        """The next tokens of a prompt, which become the row's."""
         if chunk.start != len(row.tokens):
             raise BadPlan(f"row {row.id}: a chunk starts at {chunk.start}, expected {len(row.tokens)}")
         tokens = list(chunk.tokens)
-        first = len(builder.token_ids)
-        row.tokens.extend(tokens)
-        builder.add_tokens(row, chunk.start, tokens)
+        row.tokens += tokens
+        first, end = self._count, len(row.tokens)
+        self._check_room([row], [end])
+        positions = np.arange(chunk.start, end)
+        table = self._tables[row.id]
+        self._append(tokens, positions, table[positions // self._block_size])
+        self._entries += row.entries_between(chunk.start, end)
         if row.scores_prompt:
-            builder.score(row, chunk.start, len(tokens))
+            self._scored.append(Scored(row, len(self._logit_rows), len(tokens), chunk.start))
+            self._logit_rows += range(first, self._count)
         if chunk.last:
-            builder.sample_from_last(row)
-        blocks = row.blocks[: -(-len(row.tokens) // builder._block_size)]
-        table = torch.tensor(blocks, dtype=torch.int64, device=device)
-        segments.append(PromptSegment(first, len(tokens), chunk.start, table))
-    return segments
+            if not row.scores_prompt:
+                self._logit_rows.append(self._count - 1)
+            self._samples.append(row)
+            self._sample_rows.append(len(self._logit_rows) - 1)
+        used = table[: -(-end // self._block_size)].copy()
+        return PromptSegment(first, len(tokens), chunk.start, self._tensor(used))
 
+    def batch(self, decode: DecodeSegment | None, prompts: tuple[PromptSegment, ...]) -> Batch:
+        """Everything added so far."""
+        return Batch(
+            token_ids=self._flat([np.array(tokens, dtype=np.int64) for tokens in self._token_ids]),
+            positions=self._flat(self._positions),
+            kv_slots=self._flat(self._kv_slots),
+            decode=decode,
+            prompts=prompts,
+            logit_rows=self._tensor(np.array(self._logit_rows, dtype=np.int64)),
+            token_routing=route(self._entries),
+            logit_routing=route([self._entries[index] for index in self._logit_rows]),
+            samples=tuple(self._samples),
+            sample_rows=tuple(self._sample_rows),
+            scored=tuple(self._scored),
+            row_count=(0 if decode is None else decode.lengths.shape[0]) + len(prompts),
+        )
 
-def _decode_segment(decoding: list[Row], block_size: int, device: torch.device) -> DecodeSegment:
-    lengths = [len(row.tokens) for row in decoding]
-    width = -(-max(lengths) // block_size)
-    tables = [(row.blocks + [0] * width)[:width] for row in decoding]
-    return DecodeSegment(
-        torch.tensor(tables, dtype=torch.int64, device=device),
-        torch.tensor(lengths, dtype=torch.int64, device=device),
-    )
+    def _append(self, tokens: list[int], positions: _Ids, blocks: _Ids) -> None:
+        self._token_ids.append(tokens)
+        self._positions.append(positions)
+        self._kv_slots.append(blocks * self._block_size + positions % self._block_size)
+        self._count += len(tokens)
+
+    def _check_room(self, rows: Sequence[Row], lengths: Iterable[int]) -> None:
+        for row, length in zip(rows, lengths, strict=True):
+            if length > row.block_count * self._block_size:
+                raise BadPlan(f"row {row.id} has {row.block_count} blocks, too few for position {length - 1}")
+
+    def _flat(self, parts: list[_Ids]) -> torch.Tensor:
+        return self._tensor(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
+
+    def _tensor(self, values: _Ids) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -77,7 +77,7 @@ class StepEngine:
             self._rows.start(row)
         for delta in plan.block_tables:
             for entry in delta.rows:
-                self._rows[entry.row].blocks.extend(entry.blocks)
+                self._rows.extend(entry.row, entry.blocks)
 
     def _sample(self, batch: Batch, logits: torch.Tensor, result: pb.StepResult) -> None:
         if not batch.samples:

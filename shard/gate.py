@@ -103,16 +103,16 @@ def check_packed(
 
 
 def _packed_batch(probes: list[list[int]], block_size: int, device: torch.device) -> Any:
-    rows = RowTable(len(probes))
+    rows = RowTable(len(probes), max(map(len, probes)))
     plan = pb.StepPlan()
     next_block = 1
     for index, probe in enumerate(probes):
         row = Row.from_proto(
             pb.RowStart(row=index, prompt_length=len(probe), output=pb.RowStart.PROMPT_LOGPROBS)
         )
-        count = -(-len(probe) // block_size)
-        row.blocks = list(range(next_block, next_block + count))
-        next_block += count
         rows.start(row)
+        count = -(-len(probe) // block_size)
+        rows.extend(index, range(next_block, next_block + count))
+        next_block += count
         plan.chunks.add(row=index, start=0, tokens=probe)
     return build_batch(plan, rows, block_size=block_size, device=device)

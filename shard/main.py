@@ -115,7 +115,7 @@ def _wire(
     engine = StepEngine(
         loaded.model,
         loaded.kv,
-        RowTable(config.max_num_seqs),
+        RowTable(config.max_num_seqs, -(-loaded.max_model_len // loaded.kv.block_size)),
         Sampler(),
         device=loaded.device,
         slot_is_resident=lambda slot: pool.digest_of(slot) is not None,

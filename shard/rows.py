@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..kernels.ops import Entries
@@ -26,7 +27,8 @@ class Row:
     """Alternatives beside each prompt token; None where the prompt's logprobs are not asked for."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and output so far; the newest sampled token, whose keys are not cached yet, is the last."""
-    blocks: list[int] = field(default_factory=list)
+    block_count: int = 0
+    """Blocks in the row's line of the block table."""
     masked: bool = False
     """A stop id was sampled, or the logits were not finite: the row takes no part until it ends."""
     held_logits: torch.Tensor | None = None
@@ -73,10 +75,12 @@ class Row:
 
 
 class RowTable:
-    """Live rows by id."""
+    """Live rows by id, and their block tables as one array."""
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, max_blocks: int) -> None:
+        """`max_blocks`: the most that one row can hold."""
+        self.block_tables = np.zeros((capacity, max_blocks), dtype=np.int64)
+        """[capacity, max_blocks]: a line for each row, padded with the sink block 0."""
         self._rows: dict[int, Row] = {}
 
     def __getitem__(self, row_id: int) -> Row:
@@ -88,15 +92,23 @@ class RowTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows.values())
-
     def start(self, row: Row) -> None:
+        """Add a row, without blocks."""
         if row.id in self._rows:
             raise BadPlan(f"row {row.id} is already running")
-        if row.id >= self._capacity:
-            raise BadPlan(f"row {row.id} is above the limit of {self._capacity} rows")
+        if row.id >= len(self.block_tables):
+            raise BadPlan(f"row {row.id} is above the limit of {len(self.block_tables)} rows")
+        self.block_tables[row.id] = 0
         self._rows[row.id] = row
+
+    def extend(self, row_id: int, blocks: Sequence[int]) -> None:
+        """Append blocks to a row's table."""
+        row = self[row_id]
+        end = row.block_count + len(blocks)
+        if end > self.block_tables.shape[1]:
+            raise BadPlan(f"row {row_id} cannot hold {end} blocks")
+        self.block_tables[row_id, row.block_count : end] = blocks
+        row.block_count = end
 
     def end(self, row_id: int) -> None:
         if self._rows.pop(row_id, None) is None:

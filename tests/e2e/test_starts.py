@@ -36,6 +36,7 @@ def one_request(arguments: list[str], log: Path, **options: object) -> None:
         for model in ("base", "alpha"):
             assert server.complete(model, "hello")["usage"]["completion_tokens"] == 8
         assert server.stop() == 0
+    assert "ERROR" not in log.read_text(), "the router says farewell, so no part takes its end for a loss"
 
 
 def test_from_the_root_of_the_checkout(arguments: list[str], tmp_path: Path) -> None:

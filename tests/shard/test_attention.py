@@ -32,15 +32,15 @@ class Paged:
             device=CPU,
         )
         self.attention = PagedAttention(self.kv)
-        self.rows = RowTable(16)
+        self.rows = RowTable(16, 63)
         order = torch.randperm(63, generator=generator).add(1).tolist() if shuffled else list(range(1, 64))
         self.q: dict[int, torch.Tensor] = {}
         self.k: dict[int, torch.Tensor] = {}
         self.v: dict[int, torch.Tensor] = {}
         for row_id, length in contexts.items():
             row = Row.from_proto(pb.RowStart(row=row_id, prompt_length=length))
-            row.blocks = [order.pop() for _ in range(-(-length // BLOCK))]
             self.rows.start(row)
+            self.rows.extend(row_id, [order.pop() for _ in range(-(-length // BLOCK))])
             self.q[row_id] = torch.randn(length, HEADS, DIM, generator=generator)
             self.k[row_id] = torch.randn(length, KV_HEADS, DIM, generator=generator)
             self.v[row_id] = torch.randn(length, KV_HEADS, VALUE_DIM, generator=generator)

@@ -20,8 +20,8 @@ def start(
     if slot is not None:
         proto.spans.add(entries=[pb.AdapterEntry(slot=slot, weight=1.0)])
     row = Row.from_proto(proto)
-    row.blocks = blocks
     rows.start(row)
+    rows.extend(row_id, blocks)
     return row
 
 
@@ -30,7 +30,7 @@ def build(plan: pb.StepPlan, rows: RowTable) -> Batch:
 
 
 def test_decode_rows_come_first_and_lie_beside_rows_of_their_adapter() -> None:
-    rows = RowTable(8)
+    rows = RowTable(8, 8)
     for row_id, slot in enumerate([5, None, 3, 5]):
         row = start(rows, row_id, 2, [row_id + 1], slot=slot)
         row.tokens = [10, 11, 20 + row_id]
@@ -52,7 +52,7 @@ def test_decode_rows_come_first_and_lie_beside_rows_of_their_adapter() -> None:
 
 
 def test_an_unfinished_prompt_is_not_sampled_and_a_masked_row_takes_no_part() -> None:
-    rows = RowTable(8)
+    rows = RowTable(8, 8)
     start(rows, 0, 6, [1, 2])
     gone = start(rows, 1, 1, [3])
     gone.tokens, gone.masked = [1, 2], True
@@ -65,7 +65,7 @@ def test_an_unfinished_prompt_is_not_sampled_and_a_masked_row_takes_no_part() ->
 
 
 def test_scored_prompts_want_every_logit_once() -> None:
-    rows = RowTable(8)
+    rows = RowTable(8, 8)
     start(rows, 0, 3, [1], output=pb.RowStart.PROMPT_LOGPROBS)
     plan = pb.StepPlan(chunks=[pb.PromptChunk(row=0, start=0, tokens=[1, 2, 3], last=True)])
     batch = build(plan, rows)
@@ -101,14 +101,14 @@ def test_spans_give_each_position_its_adapters() -> None:
     ],
 )
 def test_a_plan_that_breaks_the_contract_is_refused(plan: pb.StepPlan, message: str) -> None:
-    rows = RowTable(8)
+    rows = RowTable(8, 8)
     start(rows, 0, 9, [1, 2])
     with pytest.raises(BadPlan, match=message):
         build(plan, rows)
 
 
 def test_row_table_refuses_doubles_strangers_and_overflow() -> None:
-    rows = RowTable(1)
+    rows = RowTable(1, 2)
     start(rows, 0, 1, [])
     with pytest.raises(BadPlan, match="already"):
         start(rows, 0, 1, [])
@@ -116,5 +116,7 @@ def test_row_table_refuses_doubles_strangers_and_overflow() -> None:
         start(rows, 1, 1, [])
     with pytest.raises(BadPlan, match="not running"):
         rows.end(7)
+    with pytest.raises(BadPlan, match="cannot hold 3 blocks"):
+        rows.extend(0, [1, 2, 3])
     rows.end(0)
     assert len(rows) == 0

@@ -26,7 +26,7 @@ class Driver:
     def __init__(self, directory: Path, *, block_size: int = 4) -> None:
         config = ShardConfig(model=str(directory), device="cpu", kv_memory=1 << 21, block_size=block_size)
         loaded = load_model(config)
-        self.rows = RowTable(16)
+        self.rows = RowTable(16, 64)
         self.block_size = block_size
         self.engine = StepEngine(
             loaded.model,

@@ -67,7 +67,7 @@ async def serving(config: ShardConfig, loaded: LoadedModel) -> AsyncIterator[Liv
     for table in loaded.tables:
         table.clear()
     pool = AdapterPool(loaded.tables, slots=SLOTS, budget=config.adapter_memory)
-    rows = RowTable(8)
+    rows = RowTable(8, 64)
     engine = StepEngine(
         loaded.model,
         loaded.kv,
