@@ -137,13 +137,15 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         plans: AsyncIterator[pb.StepPlan],
         answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None],
     ) -> None:
-        """Queue the answers of all plans up to the farewell. A stream that ends without one is fatal."""
+        """Queue the answers of all plans up to the farewell, which leaves this shard as it was at its start.
+        A stream that ends without one is fatal."""
         orderly = False
         try:
             async for plan in plans:
                 if plan.farewell:
                     orderly = True
                     self._sequencer.end_epoch()
+                    await self._thread.submit(self._pool.clear)
                     return
                 answers.put_nowait(self._sequencer.submit(plan))
         except ShardError as error:

@@ -76,6 +76,11 @@ class AdapterPool:
         self.used_bytes -= resident.adapter.nbytes
         return resident.adapter.nbytes
 
+    def clear(self) -> None:
+        """Empty every slot."""
+        for slot in tuple(self._residents):
+            self.unload(slot)
+
     def digest_of(self, slot: int) -> str | None:
         """The digest of the adapter in a slot, if any."""
         resident = self._residents.get(slot)

@@ -200,6 +200,25 @@ async def test_decode_streams_results_in_order_beside_prefill(
         assert live.fatal == []
 
 
+async def test_after_a_farewell_another_router_finds_every_slot_free(
+    config: ShardConfig, loaded: LoadedModel, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = build_adapter(tiny_model("llama"), tmp_path / "a", AdapterRecipe(2), seed=1)
+    second = build_adapter(tiny_model("llama"), tmp_path / "b", AdapterRecipe(2), seed=2)
+    async with serving(config, loaded) as live:
+        for epoch, path in enumerate((first, second), start=1):
+            stream = live.stub.Decode()
+            digest = (await download(live, path)).digest
+            await live.stub.LoadAdapter(pb.LoadAdapterRequest(digest=digest, slot=0))
+            plan = prompt(1, slot=0)
+            plan.epoch = epoch
+            await stream.write(plan)
+            assert (await stream.read()).adapter_count == 1
+            await stream.write(pb.StepPlan(epoch=epoch, farewell=True))
+            assert await stream.read() is grpc.aio.EOF
+        assert live.fatal == []
+
+
 async def test_a_broken_stream_and_a_bad_plan_are_fatal(config: ShardConfig, loaded: LoadedModel) -> None:
     async with serving(config, loaded) as live:
         stream = live.stub.Decode()
