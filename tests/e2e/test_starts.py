@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .server import serving
+from .server import OPENER, free_port, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 DEAD = "http://127.0.0.1:9"
@@ -66,3 +71,54 @@ def test_from_a_wheel_installed_elsewhere(arguments: list[str], elsewhere: Path,
 
 def test_with_a_dead_proxy_in_the_environment(arguments: list[str], tmp_path: Path) -> None:
     one_request(arguments, tmp_path / "log", env=PROXIES)
+
+
+def test_parts_started_by_hand_and_another_router_behind_the_first(
+    tiny_model: Callable[[str], Path], two_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """`loraplex shard` and `loraplex router` without a launcher; the shard outlives its routers."""
+    shard_port, port = free_port(), free_port()
+    command = [sys.executable, "-P", "-m", "loraplex"]
+    model = [
+        "shard",
+        str(tiny_model("llama")),
+        "--dtype",
+        "float32",
+        "--port",
+        str(shard_port),
+        "--max-adapters",
+        "1",
+    ]
+    front = ["router", "--served-model-name", "base", "--shard", f"127.0.0.1:{shard_port}"]
+    front += ["--port", str(port), "--grpc-port", str(free_port())]
+    front += [f"--adapter={name}={path}" for name, path in two_adapters.items()]
+    with (tmp_path / "log").open("wb") as log:
+        shard = subprocess.Popen([*command, *model], stderr=log)
+        try:
+            answers = []
+            for adapter in ("alpha", "beta"):
+                router = subprocess.Popen([*command, *front], stderr=log)
+                answers.append(one_completion(port, adapter))
+                router.terminate()
+                assert router.wait(20) == 0
+            assert shard.poll() is None, (tmp_path / "log").read_text()
+            assert len(set(answers)) == 2
+        finally:
+            shard.terminate()
+            assert shard.wait(20) == 0
+
+
+def one_completion(port: int, model: str) -> str:
+    """The text of one completion, from a server that may still be starting."""
+    body = json.dumps({"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with OPENER.open(request, timeout=30) as response:
+                return str(json.load(response)["choices"][0]["text"])
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
