@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from . import tiny
+
+
+def pytest_report_header() -> str:
+    return "oracles: " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
 
 
 @pytest.fixture(scope="session")

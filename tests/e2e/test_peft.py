@@ -62,10 +62,13 @@ class Case:
 
 
 def oracle(base: Path, adapters: Mapping[str, Path], prompts: Mapping[str, list[list[int]]]) -> list[Case]:
-    """Every prompt through PEFT, one adapter and one prompt at a time."""
+    """Every prompt through PEFT, one adapter and one prompt at a time. Attention is the plain one: others
+    leave Gemma's soft cap out."""
     names = list(adapters)
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), adapters[names[0]], adapter_name=names[0]
+        AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"),
+        adapters[names[0]],
+        adapter_name=names[0],
     )
     for name in names[1:]:
         model.load_adapter(adapters[name], name)
