@@ -107,7 +107,7 @@ class World:
     cases: list[Case]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module")
 def world(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],
@@ -163,6 +163,7 @@ def worst_difference(server: Server, cases: list[Case]) -> float:
     return max(float((got - case.logprobs).abs().max()) for case, (got, _) in pairs if len(case.prompt) > 1)
 
 
+@pytest.mark.parametrize("world", ARCHITECTURES, indirect=True)
 def test_a_mixed_batch_equals_peft_row_by_row(world: World) -> None:
     answers(world.server, world.cases)  # from here on every adapter is resident
     for case, (logprobs, tokens) in zip(world.cases, answers(world.server, world.cases), strict=True):
@@ -175,6 +176,7 @@ def test_a_mixed_batch_equals_peft_row_by_row(world: World) -> None:
     assert metrics["loraplex_step_rows_max"] > len(world.adapters)
 
 
+@pytest.mark.parametrize("world", ARCHITECTURES, indirect=True)
 def test_every_adapter_moves_some_logprob(world: World) -> None:
     by_model = {case.model: case for case in world.cases if len(case.prompt) == 19}
     for name in world.adapters:
@@ -183,6 +185,7 @@ def test_every_adapter_moves_some_logprob(world: World) -> None:
         assert worst_difference(world.server, [as_base]) > 0.1, name
 
 
+@pytest.mark.parametrize("world", ["llama", "gpt2"], indirect=True)
 def test_the_comparison_sees_a_scale_off_by_a_hundredth_and_swapped_slots(
     world: World, tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ def bodies() -> list[dict[str, Any]]:
             "prompt": prompts[index // len(MODELS) % len(prompts)],
             "max_tokens": TOKENS,
             "ignore_eos": True,
-            "temperature": 0.0 if index % 3 else 0.8,
+            "temperature": 0.8 if index % len(MODELS) % 3 == 0 else 0.0,
             "seed": index % len(MODELS),
         }
         for index in range(STREAMS)
