@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..proto import shard_pb2 as pb
-from .batch import build_batch
+from .batch import Batch, build_batch
 from .errors import ModelRefused
 from .model import StepModel
 from .rows import Row, RowTable
@@ -102,7 +102,7 @@ def check_packed(
     log.info("packed rows equal separate runs")
 
 
-def _packed_batch(probes: list[list[int]], block_size: int, device: torch.device) -> Any:
+def _packed_batch(probes: list[list[int]], block_size: int, device: torch.device) -> Batch:
     rows = RowTable(len(probes), max(map(len, probes)))
     plan = pb.StepPlan()
     next_block = 1

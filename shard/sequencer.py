@@ -46,10 +46,7 @@ class Sequencer:
 
     def end_epoch(self) -> None:
         """The router has closed its stream in order: free every row."""
-        self._early.clear()
-        self._next_seq = 1
-        self._epoch += 1
-        self._thread.submit(self._engine.reset)
+        self._begin_epoch(self._epoch + 1)
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
