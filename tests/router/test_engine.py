@@ -72,7 +72,7 @@ class Served:
 
     async def at_baseline(self) -> None:
         """Wait until nothing is accepted or in flight, then check that nothing is left of it."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await self.engine._until_quiet()
         now = self.metrics.snapshot()
         assert (now.running, now.waiting, now.blocks_used, now.rows_used) == (0, 0, 0, 0)
@@ -94,7 +94,7 @@ async def read(request: Request) -> tuple[list[int], FinishReason | None]:
 
 
 async def tokens_of(request: Request) -> list[int]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         return (await read(request))[0]
 
 

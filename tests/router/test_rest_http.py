@@ -17,13 +17,13 @@ async def send(rest, raw: bytes) -> tuple[int, dict[str, str], bytes]:
     reader, writer = await asyncio.open_connection("127.0.0.1", rest.port)
     try:
         writer.write(raw)
-        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode("latin-1")
+        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).decode("latin-1")
         lines = head.split("\r\n")
         headers = {
             key.lower(): value for key, _, value in (line.partition(": ") for line in lines[1:] if line)
         }
         length = 0 if raw.startswith(b"HEAD") else int(headers.get("content-length", 0))
-        body = await asyncio.wait_for(reader.readexactly(length), 10)
+        body = await asyncio.wait_for(reader.readexactly(length), 30)
         return int(lines[0].split()[1]), headers, body
     finally:
         writer.close()
@@ -137,7 +137,7 @@ async def test_a_connection_serves_several_requests(rest):
     reader, writer = await asyncio.open_connection("127.0.0.1", rest.port)
     for _ in range(3):
         writer.write(post("/v1/completions", BODY))
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         assert b"200 OK" in head
         await reader.readexactly(length)
@@ -156,7 +156,7 @@ async def test_a_vanished_client_cancels_every_sequence(rest, engine, stream):
         while engine.running < 6:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     writer.transport.abort()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while engine.running:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert len(engine.cancelled) == 6
@@ -168,7 +168,7 @@ async def test_a_slow_reader_gets_everything_in_few_writes(rest, engine):
     reader, writer = await asyncio.open_connection("127.0.0.1", rest.port, limit=2**20)
     writer.write(post("/v1/completions", json.dumps(body).encode(), "Connection: close\r\n"))
     await asyncio.sleep(0.5)
-    raw = await asyncio.wait_for(reader.read(-1), 10)
+    raw = await asyncio.wait_for(reader.read(-1), 30)
     writer.close()
     texts = [
         json.loads(line[6:])["choices"][0]["text"] for line in raw.split(b"\n") if line.startswith(b"data: {")

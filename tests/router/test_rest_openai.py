@@ -302,7 +302,7 @@ async def test_a_plain_request_abandoned_cancels(rest, engine):
 
 
 async def _until(condition) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
