@@ -355,12 +355,15 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     SOURCE_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
     PIN_FIELD_NUMBER: builtins.int
+    SCALING_FIELD_NUMBER: builtins.int
     name: builtins.str
     source: builtins.str
     """hub id, or a directory below an allowed root"""
     token: builtins.str
     """hub token of the caller"""
     pin: builtins.bool
+    scaling: builtins.float
+    """multiplies every use of this name; default 1"""
     def __init__(
         self,
         *,
@@ -368,10 +371,54 @@ class LoadAdapterRequest(google.protobuf.message.Message):
         source: builtins.str = ...,
         token: builtins.str = ...,
         pin: builtins.bool = ...,
+        scaling: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "pin", b"pin", "source", b"source", "token", b"token"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_scaling", b"_scaling", "scaling", b"scaling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_scaling", b"_scaling", "name", b"name", "pin", b"pin", "scaling", b"scaling", "source", b"source", "token", b"token"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_scaling", b"_scaling"]) -> typing.Literal["scaling"] | None: ...
 
 global___LoadAdapterRequest = LoadAdapterRequest
+
+@typing.final
+class MergeAdaptersRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ADAPTERS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    DENSITY_FIELD_NUMBER: builtins.int
+    MAJORITY_SIGN_METHOD_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    method: builtins.str
+    """linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, and …_svd"""
+    density: builtins.float
+    """share of the values that pruning keeps"""
+    majority_sign_method: builtins.str
+    """total or frequency; empty: total"""
+    seed: builtins.int
+    """of what dare drops"""
+    rank: builtins.int
+    """of the svd methods; 0: the largest of the parts"""
+    @property
+    def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AdapterRef]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        adapters: collections.abc.Iterable[global___AdapterRef] | None = ...,
+        method: builtins.str = ...,
+        density: builtins.float | None = ...,
+        majority_sign_method: builtins.str = ...,
+        seed: builtins.int = ...,
+        rank: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_density", b"_density", "density", b"density"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_density", b"_density", "adapters", b"adapters", "density", b"density", "majority_sign_method", b"majority_sign_method", "method", b"method", "name", b"name", "rank", b"rank", "seed", b"seed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_density", b"_density"]) -> typing.Literal["density"] | None: ...
+
+global___MergeAdaptersRequest = MergeAdaptersRequest
 
 @typing.final
 class UnloadAdapterRequest(google.protobuf.message.Message):
@@ -461,6 +508,9 @@ class Adapter(google.protobuf.message.Message):
     RUNNING_FIELD_NUMBER: builtins.int
     WAITING_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    SCALING_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
     name: builtins.str
     source: builtins.str
     state: builtins.str
@@ -473,6 +523,11 @@ class Adapter(google.protobuf.message.Message):
     """requests that use it now"""
     waiting: builtins.int
     error: builtins.str
+    kind: builtins.str
+    """what it is, such as "LoRA", "DoRA" or "LoHa as LoRA" """
+    scaling: builtins.float
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
@@ -486,8 +541,11 @@ class Adapter(google.protobuf.message.Message):
         running: builtins.int = ...,
         waiting: builtins.int = ...,
         error: builtins.str = ...,
+        kind: builtins.str = ...,
+        scaling: builtins.float = ...,
+        warnings: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "digest", b"digest", "error", b"error", "max_rank", b"max_rank", "name", b"name", "pinned", b"pinned", "running", b"running", "source", b"source", "state", b"state", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "digest", b"digest", "error", b"error", "kind", b"kind", "max_rank", b"max_rank", "name", b"name", "pinned", b"pinned", "running", b"running", "scaling", b"scaling", "source", b"source", "state", b"state", "waiting", b"waiting", "warnings", b"warnings"]) -> None: ...
 
 global___Adapter = Adapter
 

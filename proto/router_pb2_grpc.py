@@ -59,6 +59,11 @@ class RouterStub(object):
                 request_serializer=loraplex_dot_proto_dot_router__pb2.PinAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_proto_dot_router__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.MergeAdapters = channel.unary_unary(
+                '/loraplex.v1.Router/MergeAdapters',
+                request_serializer=loraplex_dot_proto_dot_router__pb2.MergeAdaptersRequest.SerializeToString,
+                response_deserializer=loraplex_dot_proto_dot_router__pb2.Adapter.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/loraplex.v1.Router/Info',
                 request_serializer=loraplex_dot_proto_dot_router__pb2.InfoRequest.SerializeToString,
@@ -100,6 +105,13 @@ class RouterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapters(self, request, context):
+        """Build a new adapter of others and make it resident under a name of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Info(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -132,6 +144,11 @@ def add_RouterServicer_to_server(servicer, server):
             'PinAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.PinAdapter,
                     request_deserializer=loraplex_dot_proto_dot_router__pb2.PinAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_proto_dot_router__pb2.Adapter.SerializeToString,
+            ),
+            'MergeAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapters,
+                    request_deserializer=loraplex_dot_proto_dot_router__pb2.MergeAdaptersRequest.FromString,
                     response_serializer=loraplex_dot_proto_dot_router__pb2.Adapter.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
@@ -274,6 +291,33 @@ class Router(object):
             target,
             '/loraplex.v1.Router/PinAdapter',
             loraplex_dot_proto_dot_router__pb2.PinAdapterRequest.SerializeToString,
+            loraplex_dot_proto_dot_router__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Router/MergeAdapters',
+            loraplex_dot_proto_dot_router__pb2.MergeAdaptersRequest.SerializeToString,
             loraplex_dot_proto_dot_router__pb2.Adapter.FromString,
             options,
             channel_credentials,

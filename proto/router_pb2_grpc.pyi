@@ -47,6 +47,12 @@ class RouterStub:
         loraplex.proto.router_pb2.Adapter,
     ]
 
+    MergeAdapters: grpc.UnaryUnaryMultiCallable[
+        loraplex.proto.router_pb2.MergeAdaptersRequest,
+        loraplex.proto.router_pb2.Adapter,
+    ]
+    """Build a new adapter of others and make it resident under a name of its own."""
+
     Info: grpc.UnaryUnaryMultiCallable[
         loraplex.proto.router_pb2.InfoRequest,
         loraplex.proto.router_pb2.InfoReply,
@@ -78,6 +84,12 @@ class RouterAsyncStub:
         loraplex.proto.router_pb2.PinAdapterRequest,
         loraplex.proto.router_pb2.Adapter,
     ]
+
+    MergeAdapters: grpc.aio.UnaryUnaryMultiCallable[
+        loraplex.proto.router_pb2.MergeAdaptersRequest,
+        loraplex.proto.router_pb2.Adapter,
+    ]
+    """Build a new adapter of others and make it resident under a name of its own."""
 
     Info: grpc.aio.UnaryUnaryMultiCallable[
         loraplex.proto.router_pb2.InfoRequest,
@@ -120,6 +132,14 @@ class RouterServicer(metaclass=abc.ABCMeta):
         request: loraplex.proto.router_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[loraplex.proto.router_pb2.Adapter, collections.abc.Awaitable[loraplex.proto.router_pb2.Adapter]]: ...
+
+    @abc.abstractmethod
+    def MergeAdapters(
+        self,
+        request: loraplex.proto.router_pb2.MergeAdaptersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[loraplex.proto.router_pb2.Adapter, collections.abc.Awaitable[loraplex.proto.router_pb2.Adapter]]:
+        """Build a new adapter of others and make it resident under a name of its own."""
 
     @abc.abstractmethod
     def Info(

@@ -206,6 +206,8 @@ global___TokenizerRequest = TokenizerRequest
 
 @typing.final
 class TokenizerReply(google.protobuf.message.Message):
+    """Of an adapter: what it ships. Empty: it ships none, and the base's is meant."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     @typing.final
@@ -278,6 +280,8 @@ class DownloadAdapterRequest(google.protobuf.message.Message):
         LOCAL: DownloadAdapterRequest._Source.ValueType  # 2
         """a directory that the router has already allowed"""
         S3: DownloadAdapterRequest._Source.ValueType  # 3
+        MERGED: DownloadAdapterRequest._Source.ValueType  # 4
+        """of adapters that are on this host already, by `merge`"""
 
     class Source(_Source, metaclass=_SourceEnumTypeWrapper): ...
     SOURCE_UNSPECIFIED: DownloadAdapterRequest.Source.ValueType  # 0
@@ -285,21 +289,34 @@ class DownloadAdapterRequest(google.protobuf.message.Message):
     LOCAL: DownloadAdapterRequest.Source.ValueType  # 2
     """a directory that the router has already allowed"""
     S3: DownloadAdapterRequest.Source.ValueType  # 3
+    MERGED: DownloadAdapterRequest.Source.ValueType  # 4
+    """of adapters that are on this host already, by `merge`"""
 
     SOURCE_FIELD_NUMBER: builtins.int
     ID_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
     EXPECT_DIGEST_FIELD_NUMBER: builtins.int
+    SUBFOLDER_FIELD_NUMBER: builtins.int
+    MERGE_FIELD_NUMBER: builtins.int
+    ROOT_FIELD_NUMBER: builtins.int
     source: global___DownloadAdapterRequest.Source.ValueType
     id: builtins.str
-    """hub repository or directory"""
+    """hub repository, directory, s3://bucket/prefix, or a merged adapter's name"""
     revision: builtins.str
     """a commit; a moving name is resolved by the first host"""
     token: builtins.str
     """the caller's own hub token; empty: the environment's"""
     expect_digest: builtins.str
     """empty, or the digest at which every host must arrive"""
+    subfolder: builtins.str
+    """of the repository, such as "ref" or "checkpoint-100"; empty: its top level"""
+    root: builtins.str
+    """LOCAL: the adapter's files must resolve below it; empty: they may be links to anywhere"""
+    @property
+    def merge(self) -> global___MergeRecipe:
+        """MERGED only"""
+
     def __init__(
         self,
         *,
@@ -308,10 +325,70 @@ class DownloadAdapterRequest(google.protobuf.message.Message):
         revision: builtins.str = ...,
         token: builtins.str = ...,
         expect_digest: builtins.str = ...,
+        subfolder: builtins.str = ...,
+        merge: global___MergeRecipe | None = ...,
+        root: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["expect_digest", b"expect_digest", "id", b"id", "revision", b"revision", "source", b"source", "token", b"token"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["merge", b"merge"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["expect_digest", b"expect_digest", "id", b"id", "merge", b"merge", "revision", b"revision", "root", b"root", "source", b"source", "subfolder", b"subfolder", "token", b"token"]) -> None: ...
 
 global___DownloadAdapterRequest = DownloadAdapterRequest
+
+@typing.final
+class MergeRecipe(google.protobuf.message.Message):
+    """How a merged adapter is made of others. The names of methods and parameters are PEFT's."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Part(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        DIGEST_FIELD_NUMBER: builtins.int
+        WEIGHT_FIELD_NUMBER: builtins.int
+        digest: builtins.str
+        weight: builtins.float
+        def __init__(
+            self,
+            *,
+            digest: builtins.str = ...,
+            weight: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["digest", b"digest", "weight", b"weight"]) -> None: ...
+
+    PARTS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    DENSITY_FIELD_NUMBER: builtins.int
+    MAJORITY_SIGN_METHOD_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    method: builtins.str
+    """linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, and …_svd"""
+    density: builtins.float
+    """share of the values that pruning keeps"""
+    majority_sign_method: builtins.str
+    """total or frequency; empty: total"""
+    seed: builtins.int
+    """of what dare drops"""
+    rank: builtins.int
+    """of the svd methods; 0: the largest of the parts"""
+    @property
+    def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___MergeRecipe.Part]: ...
+    def __init__(
+        self,
+        *,
+        parts: collections.abc.Iterable[global___MergeRecipe.Part] | None = ...,
+        method: builtins.str = ...,
+        density: builtins.float | None = ...,
+        majority_sign_method: builtins.str = ...,
+        seed: builtins.int = ...,
+        rank: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_density", b"_density", "density", b"density"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_density", b"_density", "density", b"density", "majority_sign_method", b"majority_sign_method", "method", b"method", "parts", b"parts", "rank", b"rank", "seed", b"seed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_density", b"_density"]) -> typing.Literal["density"] | None: ...
+
+global___MergeRecipe = MergeRecipe
 
 @typing.final
 class DownloadAdapterEvent(google.protobuf.message.Message):
@@ -366,6 +443,11 @@ class AdapterManifest(google.protobuf.message.Message):
     WARNINGS_FIELD_NUMBER: builtins.int
     OWN_TOKENIZER_FIELD_NUMBER: builtins.int
     OWN_CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    ALONE_FIELD_NUMBER: builtins.int
+    OWNS_FIELD_NUMBER: builtins.int
+    INVOCATION_TOKENS_FIELD_NUMBER: builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: builtins.int
     digest: builtins.str
     """SHA-256 over config and weights: the adapter's version"""
     revision: builtins.str
@@ -375,12 +457,28 @@ class AdapterManifest(google.protobuf.message.Message):
     """base modules that this adapter changes"""
     own_tokenizer: builtins.bool
     own_chat_template: builtins.bool
+    kind: builtins.str
+    """what it is, such as "LoRA", "DoRA" or "LoHa as LoRA" """
+    alone: builtins.str
+    """why it takes no weight but 1 and no company, such as "DoRA"; empty: it does"""
+    vocab_size: builtins.int
+    """prompt, and not at all without one; none: from the first token
+    token ids it knows, where they are more than the base's; else 0
+    """
     @property
     def rank_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """device bytes on each tensor-parallel rank"""
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def owns(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """base modules it replaces: among summed adapters each has one owner"""
+
+    @property
+    def invocation_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """it applies from the start of their last occurrence in the"""
+
     def __init__(
         self,
         *,
@@ -392,8 +490,13 @@ class AdapterManifest(google.protobuf.message.Message):
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
         own_tokenizer: builtins.bool = ...,
         own_chat_template: builtins.bool = ...,
+        kind: builtins.str = ...,
+        alone: builtins.str = ...,
+        owns: collections.abc.Iterable[builtins.str] | None = ...,
+        invocation_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        vocab_size: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "max_rank", b"max_rank", "modules", b"modules", "own_chat_template", b"own_chat_template", "own_tokenizer", b"own_tokenizer", "rank_bytes", b"rank_bytes", "revision", b"revision", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alone", b"alone", "digest", b"digest", "invocation_tokens", b"invocation_tokens", "kind", b"kind", "max_rank", b"max_rank", "modules", b"modules", "own_chat_template", b"own_chat_template", "own_tokenizer", b"own_tokenizer", "owns", b"owns", "rank_bytes", b"rank_bytes", "revision", b"revision", "vocab_size", b"vocab_size", "warnings", b"warnings"]) -> None: ...
 
 global___AdapterManifest = AdapterManifest
 
