@@ -1,16 +1,17 @@
-"""The adapters that may be named, what is known of each, and how failures are remembered."""
+"""The adapters that may be named, the versions behind the names, and how failures are remembered."""
 
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
-from ..proto import shard_pb2
-from .client import AdapterState
-from .config import AdapterSpec
+from .client import AdapterState, Manifest
+from .config import MAX_SCALING, AdapterSpec
 from .errors import InvalidRequest, Overloaded, RouterError
+from .merges import Merge
 from .sources import Source, SourcePolicy, adapter_not_found, check_name, trusted_source
+from .versions import Adapter
 
 BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 120.0
@@ -18,52 +19,20 @@ BACKOFF_MOST = 120.0
 
 MAX_UNREGISTERED = 10_000
 """Adapters remembered because a request once named them; idle ones beyond this are forgotten."""
+MAX_UNLOADED = 10_000
+"""Names remembered because they were unloaded."""
 
-
-@dataclass(slots=True, eq=False)
-class Adapter:
-    """One adapter and what is on disk of it. `state` is never LOADING or RESIDENT: see `residency`."""
-
-    key: str
-    name: str
-    source: Source
-    owner: str | None
-    """The only tenant that may name it; None: everyone."""
-    registered: bool
-    """Named by the operator or by a load; otherwise by a request's first use of its source."""
-    token: str = field(default="", repr=False)
-    state: AdapterState = AdapterState.ABSENT
-    digest: str = ""
-    bytes: int = 0
-    """On the device, of the rank that needs most."""
-    max_rank: int = 0
-    modules: int = 0
-    warnings: tuple[str, ...] = ()
-    bytes_done: int = 0
-    bytes_total: int = 0
-    fetched_at: float = 0.0
-    pinned: bool = False
-    closing: bool = False
-    """Unloading: no new request may name it."""
-    failures: int = 0
-    retry_at: float = 0.0
-    """Seconds on the loop's clock before which it is not fetched or loaded again."""
-    failure: RouterError | None = None
-
-    @property
-    def on_disk(self) -> bool:
-        return self.state is AdapterState.ON_DISK
-
-    def error(self, now: float) -> RouterError:
-        """A fresh copy of what it failed with, to be raised to one caller."""
-        assert self.failure is not None
-        return type(self.failure)(
-            self.failure.message, param=self.failure.param, retry_after=max(1.0, self.retry_at - now)
-        )
+_Name = tuple[str | None, str]
+"""Owner and name. Owner None: a name of everyone's."""
 
 
 class AdapterRegistry:
-    """Names to adapters, and their states on disk. Changed by the engine loop and by first use."""
+    """Names to versions of adapters, and their states on disk. Changed by the engine loop, by first use, and
+    by the calls that load and unload.
+
+    A name stands for one version at a time. A load of a name that has one makes a candidate; `promote` lets
+    the name stand for it, and the version before it is closing from then on.
+    """
 
     def __init__(
         self, policy: SourcePolicy, *, base: str, specs: Iterable[AdapterSpec] = (), jitter: random.Random
@@ -73,9 +42,14 @@ class AdapterRegistry:
         self._jitter = jitter
         self._serial = 0
         self._adapters: dict[str, Adapter] = {}
-        self._names: dict[tuple[str | None, str], Adapter] = {}
+        self._names: dict[_Name, Adapter] = {}
+        self._merges: dict[tuple[str | None, Merge], Adapter] = {}
+        """Merges that requests asked for, which have no name."""
+        self._unloaded: OrderedDict[_Name, None] = OrderedDict()
         for spec in specs:
-            self._add(spec.name, trusted_source(spec.source), owner=None, registered=True)
+            adapter = self._add(spec.name, trusted_source(spec.source), owner=None, registered=True)
+            adapter.scaling = spec.scaling
+            self._names[None, spec.name] = adapter
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._adapters.values())
@@ -87,8 +61,17 @@ class AdapterRegistry:
         return self._adapters.get(key)
 
     def visible(self, tenant: str) -> list[Adapter]:
-        """Adapters this tenant may name, in order of registration."""
-        return [a for a in self if a.owner in (None, tenant) and not a.closing]
+        """What this tenant may name, in order of registration."""
+        return [a for a in self if a.owner in (None, tenant) and self.named(a) is a]
+
+    def named(self, adapter: Adapter) -> Adapter | None:
+        """The version that this one's name stands for."""
+        return self._names.get((adapter.owner, adapter.name))
+
+    def digests_on_disk(self) -> set[str]:
+        return {adapter.digest for adapter in self if adapter.on_disk}
+
+    # What a request or a call names.
 
     def find(self, name: str, tenant: str) -> Adapter:
         """What `name` means to this tenant: its own first. Raises AdapterNotFound."""
@@ -97,70 +80,153 @@ class AdapterRegistry:
             raise adapter_not_found(name)
         return adapter
 
-    def resolve(self, name: str, *, tenant: str, source: str = "", token: str = "") -> str:
-        """The key of what a request names; a hub id or an allowed directory is registered on first use.
+    def resolve(self, name: str, *, tenant: str, source: str = "", token: str = "") -> Adapter:
+        """What a request names; a hub id or an allowed directory is registered on first use.
 
         One fetched with a caller's own token belongs to that caller's tenant alone.
-        Raises AdapterNotFound for what is unknown or forbidden.
+        Raises AdapterNotFound for what is unknown, forbidden or unloaded.
         """
         public = self._names.get((None, name))
         if public is not None and public.registered:
-            return public.key
+            return public
         own = self._names.get((tenant, name))
         if own is not None:
             self._renew_token(own, token)
-            return own.key
+            return own
+        if (tenant, name) in self._unloaded or (None, name) in self._unloaded:
+            raise adapter_not_found(name)
         if public is not None and not token:
-            return public.key
+            return public
         found = self._policy.requested(name, source)
-        if len(self._adapters) >= 2 * MAX_UNREGISTERED:
-            raise Overloaded("Too many different adapters were named; try again later.", retry_after=60.0)
-        return self._add(name, found, owner=tenant if token else None, registered=False, token=token).key
+        self._check_room()
+        adapter = self._add(name, found, owner=tenant if token else None, registered=False, token=token)
+        self._names[adapter.owner, name] = adapter
+        return adapter
 
-    def register(self, name: str, source: str, *, tenant: str, token: str = "") -> Adapter:
-        """Register a name for a source, or answer the adapter that has both already.
+    def merged(self, merge: Merge, owner: str | None) -> Adapter:
+        """The merge that a request asks for; equal ones are one adapter."""
+        adapter = self._merges.get((owner, merge))
+        if adapter is None:
+            self._check_room()
+            adapter = self._add(str(merge), merge, owner=owner, registered=False)
+            self._merges[owner, merge] = adapter
+        return adapter
+
+    # Loads and unloads.
+
+    def register(
+        self, name: str, source: str, *, tenant: str, token: str = "", scaling: float = 1.0
+    ) -> Adapter:
+        """The version that a load of this name is to make resident; see `_version`.
 
         Raises:
-            InvalidRequest: a bad name, the base's name, or a name that stands for another source.
+            InvalidRequest: a bad name, the base's name, or a bad scaling.
             AdapterNotFound: the source is unknown or forbidden.
         """
+        self.check_new_name(name)
+        if not abs(scaling) <= MAX_SCALING:
+            raise InvalidRequest(
+                f"scaling must lie between -{MAX_SCALING:g} and {MAX_SCALING:g}", param="scaling"
+            )
+        known = self._names.get((tenant, name)) or self._names.get((None, name))
+        if known is not None and known.registered and source in _spellings(known):
+            own = token or known.token if known.owner is not None else ""
+            return self._version(name, known.source, known.owner, own, scaling)
+        found = self._policy.requested(source or name)
+        return self._version(name, found, tenant if token else None, token, scaling)
+
+    def register_merge(self, name: str, merge: Merge, owner: str | None) -> Adapter:
+        """As `register`, for an adapter that is made of others."""
+        self.check_new_name(name)
+        return self._version(name, merge, owner, "", 1.0)
+
+    def check_new_name(self, name: str) -> None:
+        """InvalidRequest unless an adapter may be loaded under this name."""
         check_name(name)
         if name == self._base:
             raise InvalidRequest("An adapter must not have the base model's name.", param="lora_name")
-        known = self._names.get((tenant, name)) or self._names.get((None, name))
-        if known is not None and known.registered and source in ("", known.source.id, str(known.source)):
-            return known
-        found = self._policy.requested(source or name)
-        if known is not None and known.source != found:
-            raise InvalidRequest(
-                f"The name {name} stands for another source already; unload it first.", param="lora_name"
-            )
-        if known is not None and (known.owner is None) == (not token):
+
+    def _version(
+        self, name: str, source: Source | Merge, owner: str | None, token: str, scaling: float
+    ) -> Adapter:
+        """A new name's first version, or one whose bytes are not known yet; else a candidate."""
+        known = self._names.get((owner, name))
+        if (
+            known is not None
+            and known.manifest is None
+            and (known.source, known.scaling) == (source, scaling)
+        ):
             self._renew_token(known, token)
             known.registered = True
             return known
-        return self._add(name, found, owner=tenant if token else None, registered=True, token=token)
+        adapter = self._add(name, source, owner=owner, registered=True, token=token)
+        adapter.scaling = scaling
+        if known is None:
+            self._names[owner, name] = adapter
+            self._unloaded.pop((owner, name), None)
+        else:
+            adapter.candidate = True
+        return adapter
 
-    def close(self, adapter: Adapter) -> None:
-        """Make the name unknown; the adapter itself stays until `forget`."""
-        adapter.closing = True
-        del self._names[adapter.owner, adapter.name]
+    def promote(self, candidate: Adapter) -> Adapter | None:
+        """Let the name stand for this version; answers the one it stood for."""
+        before = self.named(candidate)
+        candidate.candidate = False
+        self._names[candidate.owner, candidate.name] = candidate
+        if before is not None:
+            candidate.pinned |= before.pinned
+            before.pinned, before.closing = False, True
+        return before
+
+    def adopt(self, candidate: Adapter, now: float) -> Adapter:
+        """The candidate's bytes are those that its name stands for: that version takes over what the load
+        said, and the candidate is forgotten."""
+        known = self.named(candidate)
+        assert known is not None
+        assert candidate.manifest is not None
+        known.source, known.token, known.registered = candidate.source, candidate.token, True
+        known.scaling = candidate.scaling
+        known.pinned |= candidate.pinned
+        known.failures = 0
+        if not known.on_disk:
+            self.fetched(known, candidate.manifest, now)
+        self.forget(candidate)
+        return known
+
+    def close(self, name: str, tenant: str) -> list[Adapter]:
+        """Make the name unknown, until it is loaded again; answers its versions, which stay until `forget`.
+
+        Raises AdapterNotFound.
+        """
+        current = self.find(name, tenant)
+        versions = [a for a in self if (a.owner, a.name) == (current.owner, name)]
+        for adapter in versions:
+            adapter.closing = True
+            adapter.pinned = adapter.candidate = False
+        del self._names[current.owner, name]
+        self._unloaded[current.owner, name] = None
+        if len(self._unloaded) > MAX_UNLOADED:
+            self._unloaded.popitem(last=False)
+        return versions
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop a closed adapter nobody uses any more."""
+        """Drop a version nobody uses any more."""
         del self._adapters[adapter.key]
+        if self.named(adapter) is adapter:
+            del self._names[adapter.owner, adapter.name]
+        if isinstance(adapter.source, Merge) and self._merges.get((adapter.owner, adapter.source)) is adapter:
+            del self._merges[adapter.owner, adapter.source]
+
+    # What becomes of a version.
 
     def fetching(self, adapter: Adapter) -> None:
         adapter.state = AdapterState.FETCHING
         adapter.bytes_done = adapter.bytes_total = 0
 
-    def fetched(self, adapter: Adapter, manifest: shard_pb2.AdapterManifest, now: float) -> None:
+    def fetched(self, adapter: Adapter, manifest: Manifest, now: float) -> None:
         adapter.state, adapter.fetched_at = AdapterState.ON_DISK, now
-        adapter.digest = manifest.digest
-        adapter.bytes = max(manifest.rank_bytes, default=0)
-        adapter.max_rank, adapter.modules = manifest.max_rank, manifest.modules
-        adapter.warnings = tuple(manifest.warnings)
-        adapter.failure = None
+        adapter.manifest = manifest
+        adapter.failure, adapter.retry_at = None, 0.0
 
     def failed(self, adapter: Adapter, error: RouterError, now: float) -> None:
         """Remember the error; the next try waits twice as long as the last, give or take a quarter."""
@@ -178,9 +244,8 @@ class AdapterRegistry:
         """Bound what requests alone make us remember: forget the oldest that nobody uses."""
         surplus = len(self._adapters) - MAX_UNREGISTERED
         for adapter in list(self) if surplus > 0 else ():
-            idle = adapter.state is not AdapterState.FETCHING and not in_use(adapter.key)
-            if surplus > 0 and idle and not (adapter.registered or adapter.pinned or adapter.closing):
-                self.close(adapter)
+            kept = adapter.registered or adapter.pinned or adapter.closing or adapter.leases
+            if surplus > 0 and not (kept or adapter.state is AdapterState.FETCHING or in_use(adapter.key)):
                 self.forget(adapter)
                 surplus -= 1
 
@@ -191,16 +256,25 @@ class AdapterRegistry:
                 self.absent(adapter)
 
     def _add(
-        self, name: str, source: Source, *, owner: str | None, registered: bool, token: str = ""
+        self, name: str, source: Source | Merge, *, owner: str | None, registered: bool, token: str = ""
     ) -> Adapter:
         self._serial += 1
         adapter = Adapter(f"{name}#{self._serial}", name, source, owner, registered, token)
         self._adapters[adapter.key] = adapter
-        self._names[owner, name] = adapter
         return adapter
+
+    def _check_room(self) -> None:
+        if len(self._adapters) >= 2 * MAX_UNREGISTERED:
+            raise Overloaded("Too many different adapters were named; try again later.", retry_after=60.0)
 
     def _renew_token(self, adapter: Adapter, token: str) -> None:
         if token and token != adapter.token and adapter.owner is not None:
             adapter.token = token
             if adapter.state is AdapterState.FAILED:
                 self.absent(adapter)
+
+
+def _spellings(adapter: Adapter) -> tuple[str, ...]:
+    """How a load may name the source that a registered name has, even one that requests may not name."""
+    own = (adapter.source.id,) if isinstance(adapter.source, Source) else ()
+    return ("", str(adapter.source), *own)

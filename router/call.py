@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .auth import Caller
 from .errors import InvalidRequest
-from .request import SamplingParams
+from .merges import MergeRecipe
+from .request import AdapterChoice, SamplingParams
 from .tokenizer import GenerationDefaults
 
 MAX_SEQUENCES: Final = 1024
@@ -18,7 +19,7 @@ _MAX_STOPS: Final = 16
 _MAX_STOP_CHARACTERS: Final = 256
 _MAX_STOP_IDS: Final = 256
 _MAX_LOGIT_BIAS: Final = 1024
-_MAX_ADAPTERS: Final = 8
+MAX_ADAPTERS: Final = 8
 _MAX_WEIGHT: Final = 100.0
 _GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are taken as 0: logits divided by them would overflow."""
@@ -32,14 +33,6 @@ class Chat:
 
 
 Prompt = str | Sequence[int] | Chat
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterChoice:
-    """One adapter of a weighted sum, as the caller names it."""
-
-    id: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +74,8 @@ class GenerateCall:
     model: str = ""
     """The base, an adapter, or empty for the base."""
     adapters: Sequence[AdapterChoice] = ()
+    merge: MergeRecipe | None = None
+    """The adapters are merged into one by this recipe, instead of being summed."""
     adapter_source: str = ""
     hub_token: str = field(default="", repr=False)
     n: int = 1
@@ -127,8 +122,9 @@ _SAMPLING_RANGES: Final = {
 _SEEDS: Final = range(-(2**63), 2**64)
 
 
-def check_call(call: GenerateCall, vocab_size: int) -> None:
-    """Raise InvalidRequest, naming the field, for anything wrong that prompts' lengths do not decide."""
+def check_call(call: GenerateCall) -> None:
+    """Raise InvalidRequest, naming the field, for anything wrong that neither the adapters nor the prompts'
+    lengths decide."""
     check_number(call.name_of("n"), call.n, _Range(1, 128))
     if not call.prompts:
         raise _invalid(call, "prompt", "must not be empty")
@@ -137,10 +133,22 @@ def check_call(call: GenerateCall, vocab_size: int) -> None:
     if call.truncate is not None:
         check_number(call.name_of("truncate"), call.truncate, _Range(1, 2**31 - 1))
     for prompt in call.prompts:
-        _check_prompt(call, prompt, vocab_size)
-    _check_adapters(call)
-    _check_sampling(call, vocab_size)
-    _check_stopping(call, vocab_size)
+        if not (prompt.messages if isinstance(prompt, Chat) else prompt):
+            raise _invalid(call, "prompt", "must not be empty")
+    check_choices(call.adapters, call.name_of("adapters"))
+    _check_sampling(call)
+    _check_stopping(call)
+
+
+def check_token_ids(call: GenerateCall, vocab_size: int) -> None:
+    """Raise InvalidRequest, naming the field, for a token id that the model and its adapters do not know."""
+    ids: list[tuple[str, Collection[int]]] = [
+        ("prompt", prompt) for prompt in call.prompts if not isinstance(prompt, str | Chat)
+    ]
+    ids += [("logit_bias", call.sampling.logit_bias), ("stop_token_ids", call.stopping.token_ids)]
+    for name, tokens in ids:
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+            raise _invalid(call, name, f"holds a token id that is not between 0 and {vocab_size - 1}")
 
 
 def check_number(name: str, value: float, bounds: _Range) -> None:
@@ -149,31 +157,23 @@ def check_number(name: str, value: float, bounds: _Range) -> None:
         raise InvalidRequest(f"{name} must be {bounds}", param=name)
 
 
-def _check_prompt(call: GenerateCall, prompt: Prompt, vocab_size: int) -> None:
-    if isinstance(prompt, Chat):
-        if not prompt.messages:
-            raise _invalid(call, "prompt", "must not be empty")
-    elif not prompt:
-        raise _invalid(call, "prompt", "must not be empty")
-    elif not isinstance(prompt, str) and not (min(prompt) >= 0 and max(prompt) < vocab_size):
-        raise _invalid(call, "prompt", f"holds a token id that is not between 0 and {vocab_size - 1}")
-
-
-def _check_adapters(call: GenerateCall) -> None:
-    if len(call.adapters) > _MAX_ADAPTERS:
-        raise _invalid(call, "adapters", f"may name at most {_MAX_ADAPTERS}")
-    for adapter in call.adapters:
-        if not adapter.id:
-            raise _invalid(call, "adapters", "holds an empty id")
-        if not abs(adapter.weight) <= _MAX_WEIGHT:
-            raise _invalid(
-                call, "adapters", f"holds a weight that is not between -{_MAX_WEIGHT:g} and {_MAX_WEIGHT:g}"
+def check_choices(choices: Sequence[AdapterChoice], param: str) -> None:
+    """Raise InvalidRequest for a list of adapters that cannot be one, whatever they are."""
+    if len(choices) > MAX_ADAPTERS:
+        raise InvalidRequest(f"{param} may name at most {MAX_ADAPTERS}", param=param)
+    for choice in choices:
+        if not choice.id:
+            raise InvalidRequest(f"{param} holds an empty id", param=param)
+        if not abs(choice.weight) <= _MAX_WEIGHT:
+            raise InvalidRequest(
+                f"{param} holds a weight that is not between -{_MAX_WEIGHT:g} and {_MAX_WEIGHT:g}",
+                param=param,
             )
-    if len({adapter.id for adapter in call.adapters}) < len(call.adapters):
-        raise _invalid(call, "adapters", "names one adapter twice: add up its weights")
+    if len({choice.id for choice in choices}) < len(choices):
+        raise InvalidRequest(f"{param} names one adapter twice: add up its weights", param=param)
 
 
-def _check_sampling(call: GenerateCall, vocab_size: int) -> None:
+def _check_sampling(call: GenerateCall) -> None:
     for name, bounds in _SAMPLING_RANGES.items():
         value = getattr(call.sampling, name)
         if value is not None:
@@ -183,13 +183,11 @@ def _check_sampling(call: GenerateCall, vocab_size: int) -> None:
     bias = call.sampling.logit_bias
     if len(bias) > _MAX_LOGIT_BIAS:
         raise _invalid(call, "logit_bias", f"may have at most {_MAX_LOGIT_BIAS} entries")
-    if not all(0 <= token < vocab_size for token in bias):
-        raise _invalid(call, "logit_bias", f"holds a token id that is not between 0 and {vocab_size - 1}")
     if not all(-100 <= value <= 100 for value in bias.values()):
         raise _invalid(call, "logit_bias", "holds a value that is not between -100 and 100")
 
 
-def _check_stopping(call: GenerateCall, vocab_size: int) -> None:
+def _check_stopping(call: GenerateCall) -> None:
     stopping = call.stopping
     if stopping.max_tokens is not None:
         lowest = 0 if call.echo else 1
@@ -203,8 +201,6 @@ def _check_stopping(call: GenerateCall, vocab_size: int) -> None:
         raise _invalid(call, "stop", f"must hold strings of 1 to {_MAX_STOP_CHARACTERS} characters")
     if len(stopping.token_ids) > _MAX_STOP_IDS:
         raise _invalid(call, "stop_token_ids", f"may hold at most {_MAX_STOP_IDS} ids")
-    if not all(0 <= token < vocab_size for token in stopping.token_ids):
-        raise _invalid(call, "stop_token_ids", f"holds a token id that is not between 0 and {vocab_size - 1}")
 
 
 def resolve_max_tokens(call: GenerateCall, prompt_tokens: int, max_model_len: int) -> int:

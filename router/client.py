@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from .request import Request
+from .merges import MergeRecipe
+from .request import AdapterChoice, Request
 
 
 class AdapterState(enum.Enum):
@@ -36,7 +39,64 @@ class AdapterStatus:
     """Download progress while fetching."""
     bytes_total: int = 0
     error: str = ""
+    kind: str = ""
+    """What it is, such as "LoRA" or "DoRA"; empty before it is on disk."""
+    scaling: float = 1.0
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a shard found in an adapter once it was on disk."""
+
+    digest: str
+    """Content id of config and weights: the adapter's version."""
+    revision: str = ""
+    """The commit that was fetched, where the source has one."""
+    bytes: int = 0
+    """On the device, of the rank that needs most."""
+    max_rank: int = 0
+    modules: int = 0
+    kind: str = ""
+    alone: str = ""
+    """Why it takes no weight but 1 and no company; empty: it does."""
+    owns: tuple[str, ...] = ()
+    """Base modules it replaces: among summed adapters each has one owner."""
+    invocation_tokens: tuple[int, ...] = ()
+    """It applies from the start of their last occurrence in the prompt; none: from the first token."""
+    vocab_size: int = 0
+    """Token ids it knows, where they are more than the base's; else 0."""
+    own_tokenizer: bool = False
+    own_chat_template: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ships_text(self) -> bool:
+        """It brings a tokenizer or a chat template of its own."""
+        return self.own_tokenizer or self.own_chat_template
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """One adapter of a call, once it is known what it is."""
+
+    name: str
+    key: str
+    """Of the version that the call uses, whatever its name comes to stand for."""
+    weight: float
+    """The caller's, times the scaling of the name."""
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterQuery:
+    """The adapters that a call names. With `merge` they are the parts of one that is made of them."""
+
+    choices: Sequence[AdapterChoice]
+    tenant: str
+    source: str = ""
+    token: str = field(default="", repr=False)
+    merge: MergeRecipe | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +134,46 @@ class EngineClient(Protocol):
         """End a request whose client has gone, without a terminal event. Unknown ids are ignored."""
         ...
 
-    def resolve(self, name: str, *, tenant: str, source: str = "", token: str = "") -> str:
-        """The registry key of what a request names; registers a hub id or an allowed directory on first use.
+    def prepare(self, query: AdapterQuery) -> AbstractAsyncContextManager[tuple[PreparedAdapter, ...]]:
+        """Find out what a call names, fetching what is not on disk; a hub id or an allowed directory is
+        registered on first use.
 
-        Raises AdapterNotFound for anything else. The base's name is not an adapter: callers check that first.
+        Inside the block requests for these versions may be submitted, even where a name stands for another
+        version by then or was unloaded. Entering waits only where something is not on disk.
+
+        Raises AdapterNotFound for what is unknown or forbidden, the adapter's own error if it cannot be had,
+        and what `submit` refuses with: the calls that wait count against its queues. The base's name is not
+        an adapter: callers check that first.
         """
         ...
 
     async def load_adapter(
-        self, name: str, source: str, *, tenant: str, token: str = "", pin: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        tenant: str,
+        token: str = "",
+        pin: bool = False,
+        scaling: float = 1.0,
     ) -> AdapterStatus:
-        """Register `name` for `source`, fetch it and make it resident; raises the typed error on failure."""
+        """Fetch what `source` holds now and make it resident under `name`; raises the typed error on failure.
+
+        If the name stands for another version, requests that were accepted before finish on that one. A
+        failure leaves it as it was.
+        """
+        ...
+
+    async def merge_adapters(self, name: str, query: AdapterQuery) -> AdapterStatus:
+        """Make one adapter of those that `query` names by its recipe, resident under `name`. As
+        `load_adapter` otherwise."""
         ...
 
     async def unload_adapter(self, name: str, *, tenant: str) -> int:
-        """Refuse new requests, wait for running ones, free the slot; answers the bytes freed."""
+        """Refuse new requests, wait for accepted ones, free the slots; answers the bytes freed.
+
+        The name stays unknown until a load by that name, even where it is a source that may be named.
+        """
         ...
 
     async def pin_adapter(self, name: str, pinned: bool, *, tenant: str) -> AdapterStatus: ...

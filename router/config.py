@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_SCALING = 100.0
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
@@ -11,6 +13,13 @@ class AdapterSpec:
 
     name: str
     source: str
+    scaling: float = 1.0
+    """Multiplies the weight of every use."""
+
+    def __post_init__(self) -> None:
+        _require(
+            abs(self.scaling) <= MAX_SCALING, f"scaling must lie between -{MAX_SCALING:g} and {MAX_SCALING:g}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +46,8 @@ class RouterConfig:
     """Token budget of one step: decode rows and prompt chunks together."""
     adapter_patience: float = 3.0
     """Seconds a request may wait for room for its adapter before a resident one is drained for it."""
+    adapter_tokenizers: bool = True
+    """Use an adapter's own tokenizer and chat template where it ships them."""
     max_body_bytes: int = 8 * 1024 * 1024
 
     def __post_init__(self) -> None:

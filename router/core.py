@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
 from ..proto import shard_pb2
-from .adapters import Adapter, AdapterRegistry
+from .adapters import AdapterRegistry
 from .client import AdapterStatus
 from .config import RouterConfig
 from .errors import Draining, InternalError, RouterError, ShardLost
@@ -21,6 +22,9 @@ from .lifecycle import AdapterLifecycle
 from .messages import (
     AdapterReport,
     Cancelled,
+    DiskWaitEnded,
+    DiskWished,
+    DrainBegan,
     DrainEnded,
     GroupLost,
     GroupReady,
@@ -33,11 +37,13 @@ from .messages import (
 )
 from .metrics import Metrics, Snapshot
 from .queues import QueueBounds, Queues
+from .residency import Place
 from .scheduler import Plan, State, plan, plan_adapters
 from .sequence import Sequence, SequenceState
 from .shards import ShardGroup
 from .sources import SourcePolicy
 from .steps import ContractBroken, Settled, apply_plan, settle
+from .versions import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +107,10 @@ class Core:
             Cancelled: self._on_cancelled,
             GroupReady: self._on_group_ready,
             GroupLost: self._on_group_lost,
+            DrainBegan: self._on_drain_began,
             DrainEnded: self._on_drain_ended,
+            DiskWished: self._on_disk_wished,
+            DiskWaitEnded: self.lifecycle.end_disk_wait,
             LoadWished: self._on_load_wished,
             UnloadWished: self.lifecycle.close,
             Unpinned: self.lifecycle.unpin,
@@ -164,6 +173,10 @@ class Core:
             return mine
         pool, residency = group.pool, group.residency
         entries = list(residency.entries())
+        resident: Counter[str] = Counter()
+        for entry in entries:
+            if entry.place is Place.RESIDENT and (adapter := self.registry.get(entry.key)):
+                resident[adapter.digest] += entry.bytes
         return replace(
             mine,
             blocks_free=pool.free_count,
@@ -174,6 +187,7 @@ class Core:
             adapter_bytes_used=residency.budget - residency.free_bytes,
             adapter_references=sum(entry.references for entry in entries),
             steps_in_flight=len(group.in_flight),
+            resident_bytes=resident,
             ready=True,
         )
 
@@ -189,6 +203,7 @@ class Core:
             group.residency,
             self.registry.get,
             self.lifecycle.demands,
+            self.lifecycle.wanted_on_disk,
         )
         if len(group.in_flight) >= STEPS_IN_FLIGHT:
             work = plan_adapters(state, self._now)
@@ -332,10 +347,16 @@ class Core:
                 lambda: ShardLost("The model's process did not come back in time.", retry_after=10.0)
             )
 
+    def _on_drain_began(self, message: DrainBegan) -> None:
+        self.lifecycle.refuse_disk_waits(draining)
+
     def _on_drain_ended(self, message: DrainEnded) -> None:
-        self.end_all(lambda: Draining("The server is going down.", retry_after=10.0))
+        self.end_all(draining)
 
     # Adapters.
+
+    def _on_disk_wished(self, message: DiskWished) -> None:
+        self.lifecycle.wish_disk(message, self._now)
 
     def _on_load_wished(self, message: LoadWished) -> None:
         self.lifecycle.wish(message, self.group, next(self.tickets), self._now)
@@ -346,3 +367,8 @@ class Core:
     def _in_use(self, key: str) -> bool:
         held = self.group is not None and self.group.residency.get(key) is not None
         return held or self.queues.waiting(key) > 0
+
+
+def draining() -> Draining:
+    """What a call gets once nothing new is accepted."""
+    return Draining("The server is going down.", retry_after=10.0)

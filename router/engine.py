@@ -6,17 +6,18 @@ import asyncio
 import logging
 import random
 from collections import deque
+from contextlib import AbstractAsyncContextManager
 
 from ..proto import shard_pb2
-from .adapters import Adapter
-from .client import AdapterStatus, ModelInfo
+from .client import AdapterQuery, AdapterStatus, ModelInfo, PreparedAdapter
 from .config import RouterConfig
-from .core import Core
-from .errors import Draining, InternalError, InvalidRequest, Overloaded, RouterError
+from .core import Core, draining
+from .errors import InternalError, InvalidRequest, Overloaded, RouterError
 from .fetches import AdapterTasks
 from .group import context_length
 from .messages import (
     Cancelled,
+    DrainBegan,
     DrainEnded,
     GroupLost,
     GroupReady,
@@ -28,10 +29,12 @@ from .messages import (
     Unpinned,
 )
 from .metrics import Metrics
+from .preparation import Preparer
 from .request import Request
 from .sequence import Sequence
 from .shards import ShardGroup
 from .sources import adapter_not_found
+from .versions import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,13 @@ class Engine:
         )
         self._inbox: deque[Message] = deque()
         self._wake = asyncio.Event()
+        self._preparer = Preparer(
+            self._core,
+            metrics,
+            refuse_when_down=self._refuse_when_down,
+            post=self._post,
+            wake=self._wake.set,
+        )
         self._quiet = asyncio.Event()
         self._first_ready = asyncio.Event()
         self._draining = False
@@ -95,7 +105,7 @@ class Engine:
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, give accepted ones `timeout` seconds, then end the rest with Draining."""
         self._draining = True
-        self._wake.set()
+        self._post(DrainBegan())
         try:
             async with asyncio.timeout(timeout):
                 await self._until_quiet()
@@ -111,7 +121,7 @@ class Engine:
         if self._tick is not None:
             self._tick.cancel()
         self._take_inbox(asyncio.get_running_loop().time())
-        self._core.end_all(lambda: Draining("The server is going down.", retry_after=10.0))
+        self._core.end_all(draining)
         await self._tasks.close()
         await self._shards.close()
 
@@ -156,23 +166,39 @@ class Engine:
         if request_id in self._core.live:
             self._post(Cancelled(request_id))
 
-    def resolve(self, name: str, *, tenant: str, source: str = "", token: str = "") -> str:
-        return self._core.registry.resolve(name, tenant=tenant, source=source, token=token)
+    def prepare(self, query: AdapterQuery) -> AbstractAsyncContextManager[tuple[PreparedAdapter, ...]]:
+        return self._preparer.prepare(query)
 
     async def load_adapter(
-        self, name: str, source: str, *, tenant: str, token: str = "", pin: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        tenant: str,
+        token: str = "",
+        pin: bool = False,
+        scaling: float = 1.0,
     ) -> AdapterStatus:
         self._refuse_when_down()
-        adapter = self._core.registry.register(name, source, tenant=tenant, token=token)
+        registry = self._core.registry
+        adapter = registry.register(name, source, tenant=tenant, token=token, scaling=scaling)
         return await self._make_resident(adapter, pin)
+
+    async def merge_adapters(self, name: str, query: AdapterQuery) -> AdapterStatus:
+        self._refuse_when_down()
+        self._core.registry.check_new_name(name)
+        async with self._preparer.merge(query) as (merge, owner):
+            adapter = self._core.registry.register_merge(name, merge, owner)
+            return await self._make_resident(adapter, False)
 
     async def unload_adapter(self, name: str, *, tenant: str) -> int:
         self._refuse_when_down()
-        adapter = self._core.registry.find(name, tenant)
-        self._core.registry.close(adapter)
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._post(UnloadWished(adapter, done))
-        return await done
+        loop = asyncio.get_running_loop()
+        ends: list[asyncio.Future[int]] = []
+        for version in self._core.registry.close(name, tenant):
+            ends.append(loop.create_future())
+            self._post(UnloadWished(version, ends[-1]))
+        return sum(await asyncio.gather(*ends))
 
     async def pin_adapter(self, name: str, pinned: bool, *, tenant: str) -> AdapterStatus:
         self._refuse_when_down()
@@ -202,7 +228,7 @@ class Engine:
 
     def _refuse_when_down(self) -> None:
         if self._draining:
-            raise Draining("The server is going down.", retry_after=10.0)
+            raise draining()
         if self._core.info is None:
             raise Overloaded("The model is still being loaded.", retry_after=5.0)
         if self._core.lost_at is not None and self._now() - self._core.lost_at > self._patience_lost:
@@ -232,16 +258,15 @@ class Engine:
             )
         for key in keys:
             adapter = self._core.registry.get(key)
-            if adapter is None or adapter.closing:
-                raise adapter_not_found(adapter.name if adapter else key.rpartition("#")[0])
+            if adapter is None:
+                raise adapter_not_found(key.rpartition("#")[0])
             if adapter.failure is not None and adapter.retry_at > self._now():
                 raise adapter.error(self._now())
 
     async def _make_resident(self, adapter: Adapter, pin: bool) -> AdapterStatus:
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Adapter] = asyncio.get_running_loop().create_future()
         self._post(LoadWished(adapter, pin, done))
-        await done
-        return self._core.status(adapter)
+        return self._core.status(await done)
 
     # The loop.
 

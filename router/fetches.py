@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from ..proto import shard_pb2
-from .adapters import Adapter
+from .downloads import Download
 from .errors import InternalError, RouterError
 from .messages import (
     Fetched,
@@ -22,14 +22,9 @@ from .messages import (
     UnloadFailed,
 )
 from .shards import ShardGroup
-from .sources import SourceKind
+from .versions import read_manifest
 
 log = logging.getLogger(__name__)
-
-_SOURCES = {
-    SourceKind.HUB: shard_pb2.DownloadAdapterRequest.HUB,
-    SourceKind.LOCAL: shard_pb2.DownloadAdapterRequest.LOCAL,
-}
 
 
 class AdapterTasks:
@@ -40,15 +35,9 @@ class AdapterTasks:
         self._post = post
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def fetch(self, adapter: Adapter, epoch: int) -> None:
-        request = shard_pb2.DownloadAdapterRequest(
-            source=_SOURCES[adapter.source.kind],
-            id=adapter.source.id,
-            revision=adapter.source.revision,
-            token=adapter.token,
-        )
-        key = adapter.key
-        self._spawn(self._fetch(key, epoch, request), lambda error: FetchFailed(key, epoch, error))
+    def fetch(self, key: str, epoch: int, downloads: Sequence[Download]) -> None:
+        """Run the downloads one after the other; the last one's manifest is the adapter's."""
+        self._spawn(self._fetch(key, epoch, downloads), lambda error: FetchFailed(key, epoch, error))
 
     def load(self, key: str, epoch: int, digest: str, slot: int) -> None:
         self._spawn(self._load(key, epoch, digest, slot), lambda error: LoadFailed(key, epoch, error))
@@ -81,12 +70,25 @@ class AdapterTasks:
             message = failed(InternalError("The router failed at an adapter command."))
         self._post(message)
 
-    async def _fetch(self, key: str, epoch: int, request: shard_pb2.DownloadAdapterRequest) -> Message:
+    async def _fetch(self, key: str, epoch: int, downloads: Sequence[Download]) -> Message:
         started = time.monotonic()
+        for download in downloads:
+            try:
+                manifest = await self._download(key, epoch, download.request)
+            except RouterError as error:
+                if not download.part:
+                    raise
+                raise type(error)(f"its part {download.part}: {error.message}") from error
+        return Fetched(key, epoch, read_manifest(manifest), time.monotonic() - started)
+
+    async def _download(
+        self, key: str, epoch: int, request: shard_pb2.DownloadAdapterRequest
+    ) -> shard_pb2.AdapterManifest:
         async with aclosing(self._group.download(request)) as events:  # type: ignore[type-var]
             async for event in events:
                 if event.HasField("manifest"):
-                    return Fetched(key, epoch, event.manifest, time.monotonic() - started)
+                    manifest: shard_pb2.AdapterManifest = event.manifest
+                    return manifest
                 self._post(FetchProgressed(key, epoch, event.progress))
         raise InternalError("A shard ended a download without a manifest.")
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
+from .auth import Caller
 from .call import (
     Chat,
     GenerateCall,
     Prompt,
     check_call,
+    check_token_ids,
     prompt_too_long,
     resolve_max_tokens,
     sampling_params,
     seed_of,
 )
-from .client import EngineClient
+from .client import AdapterQuery, EngineClient, PreparedAdapter
 from .errors import InvalidRequest, RouterError
 from .output import Choice, StopStrings, TextEvent
-from .request import AdapterUse, Request, TokenEvent, TokenStream
+from .request import AdapterChoice, Request, TokenEvent, TokenStream
+from .sums import check_sum, uses_in
 from .tokenizer import Tokenizer
+from .tokenizers import Tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ class Generation:
     Choice `prompt * n + i` is the i-th sequence of a prompt.
     """
 
-    def __init__(self, engine: EngineClient, prompts: Sequence[EncodedPrompt]) -> None:
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt]) -> None:
+        self.tokenizer = tokenizer
         self.prompts = prompts
         self.seeds: list[int] = []
         """The seed of each choice."""
@@ -106,6 +111,10 @@ class Generation:
             sum(len(prompt.tokens) for prompt in self.prompts),
             sum(stream.choice.tokens for stream in self._streams),
         )
+
+    def prompt_text(self, prompt: EncodedPrompt) -> str:
+        """A prompt as text, for a caller who wants it shown."""
+        return self.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
     def submit(self, request: Request, choice: Choice) -> None:
         """Hand one sequence to the engine, on a stream of its own. Raises its typed refusal."""
@@ -145,12 +154,24 @@ class Generation:
                 raise failure
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How one call is read: its adapters, their tokenizer, and the token ids they know."""
+
+    call: GenerateCall
+    adapters: tuple[PreparedAdapter, ...]
+    tokenizer: Tokenizer
+    vocab_size: int
+    arrival: float
+    """Seconds on the loop's clock."""
+
+
 class Frontend:
     """Validates calls, encodes prompts, and runs them on the engine."""
 
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: EngineClient, tokenizers: Tokenizers) -> None:
         self._engine = engine
-        self.tokenizer = tokenizer
+        self._tokenizers = tokenizers
 
     @asynccontextmanager
     async def generate(self, call: GenerateCall) -> AsyncIterator[Generation]:
@@ -158,54 +179,83 @@ class Frontend:
 
         Raises InvalidRequest, AdapterNotFound, or what the engine refuses with.
         """
-        model = self._engine.model
-        check_call(call, model.vocab_size)
-        adapters = self._resolve_adapters(call)
-        prompts = [await self._encode(call, prompt) for prompt in call.prompts]
-        limits = [resolve_max_tokens(call, len(prompt.tokens), model.max_model_len) for prompt in prompts]
-        generation = Generation(self._engine, prompts)
-        try:
-            for prompt, max_tokens in zip(prompts, limits, strict=True):
-                self._submit(call, adapters, generation, prompt, max_tokens)
+        arrival = asyncio.get_running_loop().time()
+        check_call(call)
+        with ExitStack() as running:
+            async with self._engine.prepare(self._query(call)) as adapters:
+                reading = await self._read(call, adapters, arrival)
+                prompts = [await self._encode(reading, prompt) for prompt in call.prompts]
+                generation = Generation(self._engine, reading.tokenizer, prompts)
+                running.callback(generation.cancel)
+                self._submit_all(reading, generation)
             yield generation
-        finally:
-            generation.cancel()
 
-    def _resolve_adapters(self, call: GenerateCall) -> tuple[AdapterUse, ...]:
+    async def tokenizer_of(self, caller: Caller, model: str) -> tuple[Tokenizer, int]:
+        """The tokenizer of the base (also without a name) or of an adapter, and how many ids it may name.
+
+        Raises as `generate`.
+        """
+        base = self._engine.model
+        if model in ("", base.name):
+            return self._tokenizers.base, base.vocab_size
+        caller.require(model)
+        query = AdapterQuery(choices=[AdapterChoice(model)], tenant=caller.tenant)
+        async with self._engine.prepare(query) as adapters:
+            tokenizer = await self._tokenizers.of(adapters, chat=False, param="model")
+            return tokenizer, _vocab_size(base.vocab_size, adapters)
+
+    def _query(self, call: GenerateCall) -> AdapterQuery:
         base = self._engine.model.name
-        if call.model in ("", base):
-            choices = [(choice.id, choice.weight) for choice in call.adapters]
-        elif call.adapters:
-            raise InvalidRequest(
-                f"name adapters either in {call.name_of('model')} or in adapters, not in both",
-                param="adapters",
-            )
-        else:
-            choices = [(call.model, 1.0)]
-        uses = []
-        for name, weight in choices:
-            if name == base:
+        choices = call.adapters
+        if call.model not in ("", base):
+            if choices:
+                raise InvalidRequest(
+                    f"name adapters either in {call.name_of('model')} or in {call.name_of('adapters')}, "
+                    "not in both",
+                    param="adapters",
+                )
+            choices = [AdapterChoice(call.model)]
+        for choice in choices:
+            if choice.id == base:
                 raise InvalidRequest("adapters names the base model, which is no adapter", param="adapters")
-            call.caller.require(name)
-            key = self._engine.resolve(
-                name, tenant=call.caller.tenant, source=call.adapter_source, token=call.hub_token
-            )
-            uses.append(AdapterUse(key, weight))
-        return tuple(uses)
+            call.caller.require(choice.id)
+        return AdapterQuery(
+            choices=choices,
+            tenant=call.caller.tenant,
+            source=call.adapter_source,
+            token=call.hub_token,
+            merge=call.merge,
+        )
 
-    async def _encode(self, call: GenerateCall, prompt: Prompt) -> EncodedPrompt:
+    async def _read(
+        self, call: GenerateCall, adapters: tuple[PreparedAdapter, ...], arrival: float
+    ) -> _Reading:
+        """What the adapters' manifests decide. Raises InvalidRequest for what they cannot be asked."""
+        vocab_size = self._engine.model.vocab_size
+        tokenizer = self._tokenizers.base
+        if adapters:
+            param = call.name_of("adapters" if call.adapters else "model")
+            check_sum(adapters, param)
+            chat = any(isinstance(prompt, Chat) for prompt in call.prompts)
+            tokenizer = await self._tokenizers.of(adapters, chat=chat, param=param)
+            vocab_size = _vocab_size(vocab_size, adapters)
+        check_token_ids(call, vocab_size)
+        return _Reading(call, adapters, tokenizer, vocab_size, arrival)
+
+    async def _encode(self, reading: _Reading, prompt: Prompt) -> EncodedPrompt:
+        call, tokenizer = reading.call, reading.tokenizer
         limit = self._engine.model.max_model_len
         if isinstance(prompt, Chat):
             text = None
             try:
-                tokens: Sequence[int] = await self.tokenizer.encode_chat(prompt.messages)
+                tokens: Sequence[int] = await tokenizer.encode_chat(prompt.messages)
             except InvalidRequest as error:
                 raise InvalidRequest(error.message, param=call.name_of("prompt")) from error
         elif isinstance(prompt, str):
             text = prompt
-            if call.truncate is None and self.tokenizer.fewest_tokens(text) > limit:
+            if call.truncate is None and tokenizer.fewest_tokens(text) > limit:
                 raise prompt_too_long(call, f"more than {limit}", limit)
-            tokens = await self.tokenizer.encode(text)
+            tokens = await tokenizer.encode(text)
         else:
             text, tokens = None, prompt
         if call.truncate is not None and len(tokens) > call.truncate:
@@ -215,28 +265,33 @@ class Frontend:
             raise InvalidRequest(f"{name} has no tokens", param=name)
         return EncodedPrompt(tokens, text)
 
+    def _submit_all(self, reading: _Reading, generation: Generation) -> None:
+        limit = self._engine.model.max_model_len
+        limits = [
+            resolve_max_tokens(reading.call, len(prompt.tokens), limit) for prompt in generation.prompts
+        ]
+        for prompt, max_tokens in zip(generation.prompts, limits, strict=True):
+            self._submit(reading, generation, prompt, max_tokens)
+
     def _submit(
-        self,
-        call: GenerateCall,
-        adapters: tuple[AdapterUse, ...],
-        generation: Generation,
-        prompt: EncodedPrompt,
-        max_tokens: int,
+        self, reading: _Reading, generation: Generation, prompt: EncodedPrompt, max_tokens: int
     ) -> None:
         """Hand the n sequences of one prompt to the engine."""
+        call, tokenizer = reading.call, reading.tokenizer
         params = sampling_params(
             call,
-            self.tokenizer.generation_defaults,
+            tokenizer.generation_defaults,
             max_tokens=max_tokens,
-            eos_ids=self.tokenizer.stop_ids,
-            vocab_size=self._engine.model.vocab_size,
+            eos_ids=tokenizer.stop_ids,
+            vocab_size=reading.vocab_size,
         )
         stops = StopStrings(call.stopping.strings)
+        uses = uses_in(prompt.tokens, reading.adapters)
         first = len(generation.seeds)
         for index in range(call.n):
             choice = Choice(
                 first + index,
-                self.tokenizer.detokenizer(),
+                tokenizer.detokenizer(),
                 stops=stops,
                 stop_ids=frozenset(params.stop_ids),
                 min_tokens=params.min_tokens,
@@ -245,14 +300,15 @@ class Frontend:
             request = Request(
                 id=f"{call.id}-{first + index}",
                 tenant=call.caller.tenant,
-                adapters=adapters,
+                adapters=uses,
                 prompt=prompt.tokens,
                 params=replace(params, seed=seed_of(call, index)),
                 stream=TokenStream(),
-                arrival=asyncio.get_running_loop().time(),
+                arrival=reading.arrival,
             )
             generation.submit(request, choice)
 
-    def prompt_text(self, prompt: EncodedPrompt) -> str:
-        """A prompt as text, for a caller who wants it shown."""
-        return self.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+
+def _vocab_size(base: int, adapters: Sequence[PreparedAdapter]) -> int:
+    """Token ids that a request for these adapters may name."""
+    return max(base, *(adapter.manifest.vocab_size for adapter in adapters))

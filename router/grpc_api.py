@@ -15,13 +15,14 @@ from grpc_reflection.v1alpha import reflection
 
 from ..proto import router_pb2 as pb
 from .auth import ApiKeys, Caller
-from .call import AdapterChoice, Chat, GenerateCall, Prompt, Sampling, Stopping
-from .client import AdapterStatus, EngineClient
+from .call import Chat, GenerateCall, Prompt, Sampling, Stopping, check_choices
+from .client import AdapterQuery, AdapterStatus, EngineClient
 from .errors import InvalidRequest, Unauthenticated
 from .frontend import Frontend, Generation
 from .grpc_errors import abort, answering_errors
+from .merges import MergeRecipe
 from .output import TextEvent
-from .request import TokenLogprobs
+from .request import AdapterChoice, TokenLogprobs
 from .tokenizer import Tokenizer
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -80,7 +81,7 @@ class RouterService:
         model = request.model or self._engine.model.name
         async with self._frontend.generate(call) as generation:
             async for batch in generation:
-                yield _event(self._frontend.tokenizer, call.id, model, batch, generation)
+                yield _event(call.id, model, batch, generation)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: _Context) -> pb.Adapter:
         name, source = _required(request.name, "name"), _required(request.source, "source")
@@ -91,9 +92,30 @@ class RouterService:
         caller.require(source)
         return _adapter(
             await self._engine.load_adapter(
-                name, source, tenant=caller.tenant, token=request.token, pin=request.pin
+                name,
+                source,
+                tenant=caller.tenant,
+                token=request.token,
+                pin=request.pin,
+                scaling=request.scaling if request.HasField("scaling") else 1.0,
             )
         )
+
+    async def MergeAdapters(self, request: pb.MergeAdaptersRequest, context: _Context) -> pb.Adapter:
+        name, caller = _required(request.name, "name"), self._caller(context)
+        choices = _choices(request.adapters)
+        check_choices(choices, "adapters")
+        recipe = MergeRecipe.checked(
+            _required(request.method, "method"),
+            density=request.density if request.HasField("density") else None,
+            majority_sign_method=request.majority_sign_method,
+            seed=request.seed,
+            rank=request.rank,
+        )
+        for named in (name, *(choice.id for choice in choices)):
+            caller.require(named)
+        query = AdapterQuery(choices=choices, tenant=caller.tenant, merge=recipe)
+        return _adapter(await self._engine.merge_adapters(name, query))
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: _Context
@@ -203,6 +225,7 @@ def _method_handlers(service: RouterService) -> grpc.GenericRpcHandler:
             "UnloadAdapter": _unary(service.UnloadAdapter, pb.UnloadAdapterRequest),
             "ListAdapters": _unary(service.ListAdapters, pb.ListAdaptersRequest),
             "PinAdapter": _unary(service.PinAdapter, pb.PinAdapterRequest),
+            "MergeAdapters": _unary(service.MergeAdapters, pb.MergeAdaptersRequest),
             "Info": _unary(service.Info, pb.InfoRequest),
         },
     )
@@ -250,7 +273,7 @@ def _call(request: pb.GenerateRequest, caller: Caller) -> GenerateCall:
         caller=caller,
         prompts=[_prompt(request)],
         model=request.model,
-        adapters=[AdapterChoice(a.id, a.weight if a.HasField("weight") else 1.0) for a in request.adapters],
+        adapters=_choices(request.adapters),
         adapter_source=request.adapter_source,
         sampling=Sampling(
             temperature=given.get("temperature"),
@@ -275,6 +298,10 @@ def _call(request: pb.GenerateRequest, caller: Caller) -> GenerateCall:
     )
 
 
+def _choices(adapters: Iterable[pb.AdapterRef]) -> list[AdapterChoice]:
+    return [AdapterChoice(a.id, a.weight if a.HasField("weight") else 1.0) for a in adapters]
+
+
 def _prompt(request: pb.GenerateRequest) -> Prompt:
     match request.WhichOneof("prompt"):
         case "text":
@@ -289,10 +316,9 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
             raise InvalidRequest("prompt is needed: text, tokens or chat", param="prompt")
 
 
-def _event(
-    tokenizer: Tokenizer, call_id: str, model: str, batch: list[TextEvent], generation: Generation
-) -> pb.GenerateEvent:
+def _event(call_id: str, model: str, batch: list[TextEvent], generation: Generation) -> pb.GenerateEvent:
     """One message for all events that were waiting."""
+    tokenizer = generation.tokenizer
     shown = [event for event in batch if event.token is not None and not event.hidden]
     message = pb.GenerateEvent(
         id=call_id,
@@ -338,6 +364,9 @@ def _adapter(status: AdapterStatus) -> pb.Adapter:
         running=status.running,
         waiting=status.waiting,
         error=status.error,
+        kind=status.kind,
+        scaling=status.scaling,
+        warnings=status.warnings,
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable
+from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from .rest.app import RestServer, RestServices, build_app
 from .rest.lorax import ServerFacts, ShardGroup
 from .shards import GrpcShardGroup
 from .tokenizer import Tokenizer
+from .tokenizers import Tokenizers
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,10 @@ class _Router:
         self._engine.start()
         try:
             await self._unless_stopped(self._engine.wait_ready())
-            tokenizer = Tokenizer.from_reply(await self._unless_stopped(self._shards.tokenizer()))
-            return await self._serve(Frontend(self._engine, tokenizer))
+            base = Tokenizer.from_reply(await self._unless_stopped(self._shards.tokenizer()))
+            own = self._config.adapter_tokenizers
+            async with aclosing(Tokenizers(base, self._shards.tokenizer, own=own)) as tokenizers:
+                return await self._serve(Frontend(self._engine, tokenizers))
         except _Stopped:
             return 0
         except (RouterError, ValueError) as error:

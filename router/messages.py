@@ -6,9 +6,10 @@ import asyncio
 from dataclasses import dataclass
 
 from ..proto import shard_pb2
-from .adapters import Adapter
+from .client import Manifest
 from .errors import RouterError
 from .sequence import Sequence
+from .versions import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,28 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskWished:
+    """Have an adapter on disk; `done` gets None, or the typed error."""
+
+    adapter: Adapter
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWaitEnded:
+    """Whoever waited for `done` does so no longer."""
+
+    adapter: Adapter
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadWished:
-    """Make an adapter resident; `done` gets None, or the typed error."""
+    """Make an adapter resident; `done` gets the version its name then stands for, or the typed error."""
 
     adapter: Adapter
     pin: bool
-    done: asyncio.Future[None]
+    done: asyncio.Future[Adapter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +89,7 @@ class FetchProgressed:
 class Fetched:
     key: str
     epoch: int
-    manifest: shard_pb2.AdapterManifest
+    manifest: Manifest
     seconds: float
 
 
@@ -112,6 +129,11 @@ class UnloadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainBegan:
+    """Nothing new is accepted: end every call whose requests are not accepted yet."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainEnded:
     """The time for what runs is over: end everything that is left."""
 
@@ -122,6 +144,8 @@ AdapterReport = FetchProgressed | Fetched | FetchFailed | Loaded | LoadFailed | 
 Message = (
     Submitted
     | Cancelled
+    | DiskWished
+    | DiskWaitEnded
     | LoadWished
     | Unpinned
     | UnloadWished
@@ -129,5 +153,6 @@ Message = (
     | GroupLost
     | StepAnswered
     | AdapterReport
+    | DrainBegan
     | DrainEnded
 )

@@ -1,6 +1,7 @@
 """Prometheus metrics. The loop adds to plain numbers once a step; a scrape reads them.
 
-No label carries an adapter, a tenant or a request: their number has no bound.
+No label carries a name, a tenant or a request: their number has no bound. Digests are those of resident
+adapters only.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Snapshot:
     adapters_known: int = 0
     steps_in_flight: int = 0
     tasks: int = 0
+    resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Device bytes by the digest of what is resident."""
     ready: bool = False
 
 
@@ -143,6 +146,17 @@ class Metrics(Collector):
         for stage, histogram in self.adapter_seconds.items():
             stages.add_metric([stage], buckets=histogram.cumulative(), sum_value=histogram.total)
         yield stages
+        yield self._resident()
+
+    def _resident(self) -> Metric:
+        family = GaugeMetricFamily(
+            "loraplex_adapter_resident_bytes",
+            "Device bytes of each resident adapter, of the fullest rank.",
+            labels=["digest"],
+        )
+        for digest, size in sorted(self.snapshot().resident_bytes.items()):
+            family.add_metric([digest], size)
+        return family
 
     def _gauges(self) -> Iterator[Metric]:
         now = self.snapshot()

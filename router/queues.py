@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Protocol
 
 from .errors import Overloaded, TooManyRequests
 from .sequence import Sequence
@@ -16,6 +17,21 @@ AdapterSet = tuple[str, ...]
 
 RETRY_AFTER = 1.0
 """Seconds after which a refused request should try again."""
+
+
+class Claimant(Protocol):
+    """What waits and counts against the bounds: a sequence, or a call whose adapters are being fetched."""
+
+    @property
+    def keys(self) -> AdapterSet: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def prompt_length(self) -> int: ...
+
+    counted: bool
 
 
 @dataclass(slots=True)
@@ -43,17 +59,17 @@ class QueueBounds:
     _whole: _Share = field(default_factory=_Share)
     _shares: dict[tuple[str, object], _Share] = field(default_factory=dict)
 
-    def take(self, sequence: Sequence) -> None:
-        """Count a new sequence.
+    def take(self, claimant: Claimant) -> None:
+        """Count a new one.
 
         Raises:
             Overloaded: everything is full.
             TooManyRequests: the share of this adapter or tenant is used up.
         """
-        tokens = sequence.prompt_length
+        tokens = claimant.prompt_length
         if not self._whole.fits(tokens, self.max_requests, self.max_tokens):
             raise Overloaded("The server's queue is full; try again shortly.", retry_after=RETRY_AFTER)
-        names = self._names(sequence)
+        names = self._names(claimant)
         half = max(1, self.max_requests // 2), max(1, self.max_tokens // 2)
         for name in names:
             if not self._shares.get(name, _Share()).fits(tokens, *half):
@@ -64,26 +80,26 @@ class QueueBounds:
         for share in (self._whole, *(self._shares.setdefault(name, _Share()) for name in names)):
             share.requests += 1
             share.tokens += tokens
-        sequence.counted = True
+        claimant.counted = True
 
-    def give_back(self, sequence: Sequence) -> None:
-        """Stop counting a sequence that waits no longer. Does nothing for one that is not counted."""
-        if not sequence.counted:
+    def give_back(self, claimant: Claimant) -> None:
+        """Stop counting one that waits no longer. Does nothing for one that is not counted."""
+        if not claimant.counted:
             return
-        sequence.counted = False
-        names = self._names(sequence)
+        claimant.counted = False
+        names = self._names(claimant)
         for share in (self._whole, *(self._shares[name] for name in names)):
             share.requests -= 1
-            share.tokens -= sequence.prompt_length
+            share.tokens -= claimant.prompt_length
         for name in names:
             if self._shares[name].requests == 0:
                 del self._shares[name]
 
     @staticmethod
-    def _names(sequence: Sequence) -> list[tuple[str, object]]:
-        names: list[tuple[str, object]] = [("adapter", sequence.keys)]
-        if sequence.request.tenant:
-            names.append(("tenant", sequence.request.tenant))
+    def _names(claimant: Claimant) -> list[tuple[str, object]]:
+        names: list[tuple[str, object]] = [("adapter", claimant.keys)]
+        if claimant.tenant:
+            names.append(("tenant", claimant.tenant))
         return names
 
 

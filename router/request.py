@@ -94,11 +94,21 @@ class TokenStream:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """One adapter of a weighted sum, as the caller names it."""
+
+    id: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One adapter of a request's weighted sum, by its registry key."""
+    """One adapter of a request's weighted sum, by the key of its version."""
 
     key: str
     weight: float = 1.0
+    start: int = 0
+    """Position in the prompt from which it applies."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,16 +14,16 @@ says which adapters to fetch, load, evict or drain. Its rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from .adapters import Adapter
 from .blocks import BlockPool
 from .client import AdapterState
 from .errors import AdapterRejected, Overloaded, RouterError
 from .queues import Queues
 from .residency import Place, Residency
 from .sequence import Sequence
+from .versions import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class State:
     adapter: Callable[[str], Adapter | None]
     wishes: Iterable[Demand] = ()
     """Loads by name, which have no sequence."""
+    wanted_on_disk: Collection[str] = ()
+    """Keys that calls wait to have on disk, before they have a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def plan_adapters(state: State, now: float) -> AdapterWork:
     """The adapter work alone, for a moment when no further step can be sent."""
     demands = [Demand(s.keys, s.ticket, s.queued_at) for s in state.queues.heads() if s.keys]
     demands += state.wishes
-    if all(state.residency.ready(demand.keys) for demand in demands):
+    if not state.wanted_on_disk and all(state.residency.ready(demand.keys) for demand in demands):
         return AdapterWork()
     return _AdapterPlanner(state, now).work(demands)
 
@@ -198,6 +200,7 @@ class _AdapterPlanner:
         self._residency = state.residency
         self._running = state.running
         self._adapter = state.adapter
+        self._wanted_on_disk = state.wanted_on_disk
         self._patience = state.limits.patience
         self._now = now
         self._result = AdapterWork()
@@ -215,6 +218,9 @@ class _AdapterPlanner:
             if not self._residency.ready(demand.keys):
                 self._serve(demand)
             self._protected.update(demand.keys)
+        for key in self._wanted_on_disk:
+            if adapter := self._adapter(key):
+                self._fetch(adapter)
         return self._result
 
     def _serve(self, demand: Demand) -> None:
@@ -247,13 +253,14 @@ class _AdapterPlanner:
                 missing.append(adapter)
             else:
                 waiting = True
-                self._fetch(demand, adapter)
+                if adapter.state is AdapterState.FAILED and adapter.retry_at > self._now:
+                    self._result.rejects.append((demand, adapter.error(self._now)))
+                self._fetch(adapter)
         return [] if waiting else [a for a in missing if a.key not in self._result.loads]
 
-    def _fetch(self, demand: Demand, adapter: Adapter) -> None:
-        if adapter.state is AdapterState.FAILED and adapter.retry_at > self._now:
-            self._result.rejects.append((demand, adapter.error(self._now)))
-        elif (
+    def _fetch(self, adapter: Adapter) -> None:
+        """Have it fetched, unless that is under way or its last failure is too fresh."""
+        if (
             adapter.state in (AdapterState.ABSENT, AdapterState.FAILED)
             and adapter.retry_at <= self._now
             and adapter.key not in self._result.fetches

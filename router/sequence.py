@@ -65,6 +65,10 @@ class Sequence:
             self.prompt_logprobs = [None]
 
     @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
     def generated(self) -> int:
         """Output tokens confirmed by an answer."""
         return len(self.tokens) - self.prompt_length

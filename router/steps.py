@@ -112,10 +112,11 @@ def _start(sequence: Sequence, group: Group) -> shard_pb2.RowStart:
         prompt_length=sequence.prompt_length,
         prompt_logprobs=(request.params.prompt_logprobs or 0) if wants_prompt else 0,
     )
-    if request.adapters:
-        span = start.spans.add(start=0)
+    for first in sorted({use.start for use in request.adapters}):
+        span = start.spans.add(start=first)
         for use in request.adapters:
-            span.entries.add(slot=group.residency.slot(use.key), weight=use.weight)
+            if use.start <= first:
+                span.entries.add(slot=group.residency.slot(use.key), weight=use.weight)
     return start
 
 

@@ -61,7 +61,7 @@ def build_app(services: RestServices) -> web.Application:
         ChatCompletions(frontend),
         Models(engine),
         Adapters(engine),
-        Tokenize(engine, frontend.tokenizer),
+        Tokenize(engine, frontend),
         Lorax(frontend, engine, services.facts),
         Ops(engine, services.registry),
     )

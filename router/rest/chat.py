@@ -13,6 +13,7 @@ from ..errors import InvalidRequest
 from ..frontend import Frontend
 from ..output import TextEvent
 from ..request import FinishReason
+from ..tokenizer import Tokenizer
 from .body import read_body
 from .errors import json_response
 from .openai import (
@@ -96,19 +97,11 @@ class ChatCompletions:
             return {
                 **_head(call, body, "chat.completion"),
                 "choices": [
-                    self._choice(index, own, bool(body.logprobs)) for index, own in enumerate(events)
+                    _choice(generation.tokenizer, index, own, bool(body.logprobs))
+                    for index, own in enumerate(events)
                 ],
                 "usage": usage_body(generation.usage),
             }
-
-    def _choice(self, index: int, events: list[TextEvent], logprobs: bool) -> dict[str, Any]:
-        content = "".join(event.text for event in events)
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": content, "refusal": None},
-            "logprobs": self._logprobs(events) if logprobs else None,
-            "finish_reason": finish_name(events[-1].finish),
-        }
 
     async def _stream(self, call: GenerateCall, body: ChatBody) -> AsyncGenerator[bytes, None]:
         async with self._frontend.generate(call) as generation:
@@ -124,7 +117,8 @@ class ChatCompletions:
                 started = True
                 for event in batch:
                     if event.finish is not None or body.logprobs:
-                        parts += self._slow_chunks(chunks, event, bool(body.logprobs))
+                        entries = _logprobs(generation.tokenizer, [event]) if body.logprobs else None
+                        parts += _slow_chunks(chunks, event, entries)
                     elif event.text:
                         parts.append(chunks.text(event.index, event.text))
                 if parts:
@@ -133,28 +127,36 @@ class ChatCompletions:
                 yield chunks.usage(generation.usage)
             yield DONE
 
-    def _slow_chunks(self, chunks: ChunkFormat, event: TextEvent, logprobs: bool) -> list[bytes]:
-        """The chunks of an event that has logprobs or ends its choice: that one, as OpenAI's do, is empty."""
-        parts = []
-        entries = self._logprobs([event]) if logprobs else None
-        if event.text or (entries and entries["content"]):
-            parts.append(chunks.choice(_delta(event.index, {"content": event.text}, logprobs=entries)))
-        if event.finish is not None:
-            parts.append(chunks.choice(_delta(event.index, {}, finish=event.finish)))
-        return parts
 
-    def _logprobs(self, events: list[TextEvent]) -> dict[str, Any]:
-        tokenizer = self._frontend.tokenizer
-        content = []
-        for event in events:
-            if event.token is None or event.hidden or event.logprobs is None:
-                continue
-            entry = chat_token(tokenizer, event.token, event.logprobs.logprob)
-            entry["top_logprobs"] = [
-                chat_token(tokenizer, token, value) for token, value in event.logprobs.top
-            ]
-            content.append(entry)
-        return {"content": content, "refusal": None}
+def _choice(tokenizer: Tokenizer, index: int, events: list[TextEvent], logprobs: bool) -> dict[str, Any]:
+    content = "".join(event.text for event in events)
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": content, "refusal": None},
+        "logprobs": _logprobs(tokenizer, events) if logprobs else None,
+        "finish_reason": finish_name(events[-1].finish),
+    }
+
+
+def _slow_chunks(chunks: ChunkFormat, event: TextEvent, logprobs: dict[str, Any] | None) -> list[bytes]:
+    """The chunks of an event that has logprobs or ends its choice: that one, as OpenAI's do, is empty."""
+    parts = []
+    if event.text or (logprobs and logprobs["content"]):
+        parts.append(chunks.choice(_delta(event.index, {"content": event.text}, logprobs=logprobs)))
+    if event.finish is not None:
+        parts.append(chunks.choice(_delta(event.index, {}, finish=event.finish)))
+    return parts
+
+
+def _logprobs(tokenizer: Tokenizer, events: list[TextEvent]) -> dict[str, Any]:
+    content = []
+    for event in events:
+        if event.token is None or event.hidden or event.logprobs is None:
+            continue
+        entry = chat_token(tokenizer, event.token, event.logprobs.logprob)
+        entry["top_logprobs"] = [chat_token(tokenizer, token, value) for token, value in event.logprobs.top]
+        content.append(entry)
+    return {"content": content, "refusal": None}
 
 
 def _opening(chunks: ChunkFormat, index: int) -> bytes:

@@ -95,9 +95,7 @@ class Completions:
 
     def _choices(self, call: GenerateCall, body: CompletionBody, generation: Generation) -> list[_ChoiceBody]:
         wanted = bool(body.return_token_ids)
-        return [
-            _ChoiceBody(self._frontend, call, index, generation, token_ids=wanted) for index in _indices(call)
-        ]
+        return [_ChoiceBody(call, index, generation, token_ids=wanted) for index in _indices(call)]
 
 
 class _ChoiceBody:
@@ -105,24 +103,22 @@ class _ChoiceBody:
 
     def __init__(
         self,
-        frontend: Frontend,
         call: GenerateCall,
         index: int,
         generation: Generation,
         *,
         token_ids: bool,
     ) -> None:
-        self._tokenizer = frontend.tokenizer
         self._index = index
         self._text: list[str] = []
         self._token_ids: list[int] | None = [] if token_ids else None
         self._finish: FinishReason | None = None
-        self._logprobs = _Logprobs(frontend.tokenizer) if call.sampling.logprobs is not None else None
+        self._logprobs = _Logprobs(generation.tokenizer) if call.sampling.logprobs is not None else None
         self._prompt: EncodedPrompt | None = None
         self._prompt_length = 0
         if call.echo:
             self._prompt = generation.prompts[index // call.n]
-            text = frontend.prompt_text(self._prompt)
+            text = generation.prompt_text(self._prompt)
             self._text.append(text)
             self._prompt_length = len(text)
 

@@ -100,7 +100,7 @@ class Lorax:
                 for text_event in batch:
                     events[text_event.index].append(text_event)
         times.append(time.perf_counter())
-        answer = _Answer(self._frontend, generation, bool(parameters.return_full_text))
+        answer = _Answer(generation, bool(parameters.return_full_text))
         reply = answer.whole(events, details=bool(parameters.details))
         response = json_response([reply] if as_list else reply)
         response.headers["x-compute-characters"] = str(len(body.inputs or ""))
@@ -116,7 +116,7 @@ class Lorax:
     async def _stream(self, call: GenerateCall, body: LoraxBody) -> AsyncGenerator[bytes, None]:
         parameters = body.parameters or Parameters()
         async with self._frontend.generate(call) as generation:
-            answer = _Answer(self._frontend, generation, bool(parameters.return_full_text))
+            answer = _Answer(generation, bool(parameters.return_full_text))
             seen: list[TextEvent] = []
             late = ""
             async for batch in generation:
@@ -135,11 +135,11 @@ class Lorax:
 class _Answer:
     """Text events in LoRAX's words."""
 
-    def __init__(self, frontend: Frontend, generation: Generation, full_text: bool) -> None:
-        self._tokenizer = frontend.tokenizer
+    def __init__(self, generation: Generation, full_text: bool) -> None:
+        self._tokenizer = generation.tokenizer
         self._generation = generation
         self._prompt = generation.prompts[0]
-        self._lead = frontend.prompt_text(self._prompt) if full_text else ""
+        self._lead = generation.prompt_text(self._prompt) if full_text else ""
 
     def whole(self, events: list[list[TextEvent]], *, details: bool) -> dict[str, Any]:
         """The answer that is not streamed: of several sequences, the one the model holds most probable."""

@@ -7,11 +7,24 @@ from typing import Any, Final
 import msgspec
 
 from ..auth import Caller
-from ..call import AdapterChoice, GenerateCall, Sampling, Stopping
+from ..call import GenerateCall, Sampling, Stopping
 from ..errors import InvalidRequest
+from ..merges import MergeRecipe
+from ..request import AdapterChoice
 from .openai import AdapterBody, new_id
 
 _SOURCES: Final = ("hub", "local", "s3")
+_STRATEGIES: Final = ("linear", "ties", "dare_linear", "dare_ties")
+
+
+class MergedAdapters(msgspec.Struct, kw_only=True):
+    """Adapters that are merged into one for this request."""
+
+    ids: list[str]
+    weights: list[float]
+    merge_strategy: str | None = None
+    density: float | None = None
+    majority_sign_method: str | None = None
 
 
 class Parameters(msgspec.Struct, kw_only=True):
@@ -19,7 +32,7 @@ class Parameters(msgspec.Struct, kw_only=True):
 
     adapter_id: str | None = None
     adapter_source: str | None = None
-    merged_adapters: Any = None
+    merged_adapters: MergedAdapters | None = None
     adapters: list[AdapterBody] | None = None
     api_token: str | None = None
     best_of: int | None = None
@@ -53,7 +66,6 @@ class LoraxBody(msgspec.Struct, kw_only=True):
 
 
 _NOT_SERVED: Final[dict[str, tuple[Any, ...]]] = {
-    "merged_adapters": (None,),
     "response_format": (None,),
     "typical_p": (None, 1.0),
     "watermark": (None, False),
@@ -73,14 +85,19 @@ def lorax_call(body: LoraxBody, caller: Caller, *, stream: bool) -> GenerateCall
     """Raises InvalidRequest for what is not served or does not fit together."""
     parameters = body.parameters or Parameters()
     _check(body, parameters, stream=stream)
-    adapters = body.adapters or parameters.adapters or ()
+    adapters = [adapter.choice for adapter in body.adapters or parameters.adapters or ()]
+    merge, names = None, _FIELD_NAMES
+    if parameters.merged_adapters is not None:
+        merge, adapters = _merge(parameters.merged_adapters)
+        names = {**_FIELD_NAMES, "adapters": "merged_adapters"}
     details = stream or parameters.details or (parameters.best_of or 1) > 1
     return GenerateCall(
         id=new_id(),
         caller=caller,
         prompts=[body.inputs or ""],
         model=parameters.adapter_id or "",
-        adapters=[AdapterChoice(a.id, 1.0 if a.weight is None else a.weight) for a in adapters],
+        adapters=adapters,
+        merge=merge,
         adapter_source=parameters.adapter_source or "",
         hub_token=parameters.api_token or "",
         n=1 if parameters.best_of is None else parameters.best_of,
@@ -91,8 +108,23 @@ def lorax_call(body: LoraxBody, caller: Caller, *, stream: bool) -> GenerateCall
             ignore_eos=bool(parameters.ignore_eos_token),
             strings=parameters.stop or (),
         ),
-        field_names=_FIELD_NAMES,
+        field_names=names,
     )
+
+
+def _merge(merged: MergedAdapters) -> tuple[MergeRecipe, list[AdapterChoice]]:
+    strategy = merged.merge_strategy or "linear"
+    if strategy not in _STRATEGIES:
+        raise InvalidRequest(
+            f"merged_adapters.merge_strategy must be one of {', '.join(_STRATEGIES)}", param="merged_adapters"
+        )
+    if not merged.ids or len(merged.ids) != len(merged.weights):
+        raise InvalidRequest("merged_adapters needs ids, and as many weights as ids", param="merged_adapters")
+    recipe = MergeRecipe.checked(
+        strategy, density=merged.density, majority_sign_method=merged.majority_sign_method or ""
+    )
+    choices = [AdapterChoice(*pair) for pair in zip(merged.ids, merged.weights, strict=True)]
+    return recipe, choices
 
 
 def _sampling(parameters: Parameters, *, wants_logprobs: bool) -> Sampling:
@@ -122,6 +154,12 @@ def _check(body: LoraxBody, parameters: Parameters, *, stream: bool) -> None:
             raise InvalidRequest(f"{name} is not served: leave it out", param=name)
     if parameters.adapter_source not in (None, "", *_SOURCES):
         raise InvalidRequest(f"adapter_source must be one of {', '.join(_SOURCES)}", param="adapter_source")
+    if parameters.merged_adapters is not None and (
+        parameters.adapter_id or parameters.adapters or body.adapters
+    ):
+        raise InvalidRequest(
+            "give at most one of adapter_id, adapters and merged_adapters", param="merged_adapters"
+        )
     best_of = parameters.best_of or 1
     if best_of > 1 and stream:
         raise InvalidRequest("best_of above 1 cannot be streamed", param="best_of")

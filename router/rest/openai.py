@@ -10,10 +10,10 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from ..call import AdapterChoice, GenerateCall, Prompt, Sampling, Stopping
+from ..call import GenerateCall, Prompt, Sampling, Stopping
 from ..errors import InvalidRequest
 from ..frontend import Usage
-from ..request import FinishReason, TokenLogprobs
+from ..request import AdapterChoice, FinishReason, TokenLogprobs
 from ..tokenizer import Tokenizer
 from .context import CALLER
 
@@ -24,6 +24,10 @@ _LOWEST: Final = -9999.0
 class AdapterBody(msgspec.Struct):
     id: str
     weight: float | None = None
+
+    @property
+    def choice(self) -> AdapterChoice:
+        return AdapterChoice(self.id, 1.0 if self.weight is None else self.weight)
 
 
 class StreamOptions(msgspec.Struct):
@@ -85,7 +89,7 @@ def build_call(
         caller=request[CALLER],
         prompts=prompts,
         model=required_model(body.model),
-        adapters=[_adapter(adapter) for adapter in body.adapters or ()],
+        adapters=[adapter.choice for adapter in body.adapters or ()],
         adapter_source=body.adapter_source or "",
         hub_token=body.adapter_token or "",
         n=1 if body.n is None else body.n,
@@ -123,10 +127,6 @@ def required_model(model: str | None) -> str:
     if not model:
         raise InvalidRequest("model is needed: the name of the base model or of an adapter", param="model")
     return model
-
-
-def _adapter(adapter: AdapterBody) -> AdapterChoice:
-    return AdapterChoice(adapter.id, 1.0 if adapter.weight is None else adapter.weight)
 
 
 def new_id() -> str:

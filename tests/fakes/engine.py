@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from loraplex.router.client import AdapterState, AdapterStatus, ModelInfo
-from loraplex.router.errors import RouterError
+from loraplex.proto import shard_pb2
+from loraplex.router.client import (
+    AdapterQuery,
+    AdapterState,
+    AdapterStatus,
+    Manifest,
+    ModelInfo,
+    PreparedAdapter,
+)
+from loraplex.router.errors import AdapterNotFound, RouterError
 from loraplex.router.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from loraplex.router.sources import adapter_not_found
 
@@ -55,7 +64,11 @@ class FakeEngine:
     Attributes:
         script: what every request is answered with.
         delay: seconds before each event; None: never any event.
-        refusal: raised by `submit` and `load_adapter`.
+        refusal: raised by `submit`, `load_adapter` and `merge_adapters`.
+        manifests: what an adapter is, by name, where it is not a plain one.
+        tokenizers: what an adapter ships for text, by digest.
+        queries: every query that named adapters.
+        leased: how many adapters calls hold at the moment.
         ready: what health probes see.
         requests: every request that was accepted.
         cancelled: ids of requests that were cancelled while they ran.
@@ -78,7 +91,11 @@ class FakeEngine:
         self.ready = True
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
-        self.resolved: list[tuple[str, str, str, str]] = []
+        self.queries: list[AdapterQuery] = []
+        self.leased = 0
+        self.manifests: dict[str, Manifest] = {}
+        self.tokenizers: dict[str, shard_pb2.TokenizerReply] = {}
+        self.tokenizers_asked: list[str] = []
         self._adapters = {
             name: AdapterStatus(name=name, source=f"hub:org/{name}", state=AdapterState.ON_DISK)
             for name in ("upper", "reverse", "org/nested")
@@ -108,22 +125,69 @@ class FakeEngine:
             self.cancelled.append(request_id)
             task.cancel()
 
-    def resolve(self, name: str, *, tenant: str, source: str = "", token: str = "") -> str:
-        if name not in self._adapters:
-            raise adapter_not_found(name)
-        self.resolved.append((name, tenant, source, token))
-        return f"key of {name}"
+    @asynccontextmanager
+    async def prepare(self, query: AdapterQuery) -> AsyncIterator[tuple[PreparedAdapter, ...]]:
+        for choice in query.choices:
+            if choice.id not in self._adapters:
+                raise adapter_not_found(choice.id)
+        if query.choices:
+            self.queries.append(query)
+        prepared = tuple(self._prepared(choice.id, choice.weight) for choice in query.choices)
+        if query.merge is not None:
+            prepared = (self._prepared("merged", 1.0),)
+        self.leased += len(prepared)
+        try:
+            yield prepared
+        finally:
+            self.leased -= len(prepared)
+
+    def _prepared(self, name: str, weight: float) -> PreparedAdapter:
+        manifest = self.manifests.get(name, Manifest(digest=f"digest of {name}"))
+        return PreparedAdapter(name, f"key of {name}", weight, manifest)
+
+    async def tokenizer(self, adapter_digest: str = "") -> shard_pb2.TokenizerReply:
+        self.tokenizers_asked.append(adapter_digest)
+        await asyncio.sleep(0)
+        if adapter_digest not in self.tokenizers:
+            raise AdapterNotFound(f"nothing at {adapter_digest}")
+        return self.tokenizers[adapter_digest]
 
     async def load_adapter(
-        self, name: str, source: str, *, tenant: str, token: str = "", pin: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        tenant: str,
+        token: str = "",
+        pin: bool = False,
+        scaling: float = 1.0,
+    ) -> AdapterStatus:
+        return self._resident(name, source, pinned=pin, scaling=scaling)
+
+    async def merge_adapters(self, name: str, query: AdapterQuery) -> AdapterStatus:
+        self.queries.append(query)
+        for choice in query.choices:
+            self._find(choice.id)
+        return self._resident(name, "merge")
+
+    def _resident(
+        self, name: str, source: str, *, pinned: bool = False, scaling: float = 1.0
     ) -> AdapterStatus:
         if self.refusal is not None:
             raise self.refusal
-        status = AdapterStatus(
-            name=name, source=source, state=AdapterState.RESIDENT, bytes=64, max_rank=8, pinned=pin
+        self._adapters[name] = AdapterStatus(
+            name=name,
+            source=source,
+            state=AdapterState.RESIDENT,
+            digest=f"digest of {name}",
+            bytes=64,
+            max_rank=8,
+            pinned=pinned,
+            kind="LoRA",
+            scaling=scaling,
+            warnings=("odd",),
         )
-        self._adapters[name] = status
-        return status
+        return self._adapters[name]
 
     async def unload_adapter(self, name: str, *, tenant: str) -> int:
         return self._find(name, pop=True).bytes

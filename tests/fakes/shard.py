@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from loraplex.proto import shard_pb2
-from loraplex.router.errors import AdapterNotFound, RouterError, ShardLost
+from loraplex.router.errors import AdapterNotFound, AdapterRejected, RouterError, ShardLost
 from loraplex.router.rpc_errors import AdapterMemoryFull
 from loraplex.router.shards import GroupEvents
 
@@ -22,12 +23,15 @@ VOCAB = 1000
 Entries = tuple[tuple[str, float], ...]
 """(digest, weight) of each adapter of a row."""
 
+Applied = Entries | tuple[tuple[int, Entries], ...]
+"""The entries of a row from its first position on; else where each of its spans begins, and its entries."""
+
 
 class ContractViolation(AssertionError):
     """The router broke a rule of shard.proto."""
 
 
-def next_token(prefix: Sequence[int], entries: Entries, seed: int, index: int) -> int:
+def next_token(prefix: Sequence[int], entries: Applied, seed: int, index: int) -> int:
     """The model: output token `index` after `prefix`."""
     return zlib.crc32(repr((list(prefix), entries, seed, index)).encode()) % VOCAB
 
@@ -36,7 +40,7 @@ def generate(
     prompt: Sequence[int],
     count: int,
     *,
-    entries: Entries = (),
+    entries: Applied = (),
     seed: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> list[int]:
@@ -56,16 +60,24 @@ def prompt_logprob(prompt: Sequence[int], position: int) -> float:
 
 @dataclass
 class FakeAdapter:
-    """What a source holds. `error` makes the fetch fail; `fetch_seconds` makes it slow."""
+    """What a source holds. `error` makes the fetch fail; `fetch_seconds` makes it slow.
+
+    `content` stands for the bytes: another one is another version. `manifest` holds further fields of the
+    manifest, `text` what the adapter ships of tokenizer and chat template.
+    """
 
     bytes: int = 100
     fetch_seconds: float = 0.0
     error: RouterError | None = None
     not_finite: bool = False
+    content: str = ""
+    revision: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    text: shard_pb2.TokenizerReply | None = None
 
     @staticmethod
-    def digest(source_id: str) -> str:
-        return f"sha-{source_id}"
+    def digest(source_id: str, content: str = "") -> str:
+        return f"sha-{source_id}" + (f"-{content}" if content else "")
 
 
 @dataclass
@@ -129,7 +141,10 @@ class FakeDevice:
     def _start(self, start: shard_pb2.RowStart) -> None:
         self._require(start.row < self.info.max_num_seqs, f"row {start.row} is out of range")
         self._require(start.row not in self.rows, f"row {start.row} starts twice")
+        starts = [span.start for span in start.spans]
+        self._require(starts == sorted(set(starts)), f"row {start.row} has spans out of order")
         for span in start.spans:
+            self._require(len(span.entries) > 0, f"row {start.row} has an empty span")
             for entry in span.entries:
                 self._require(entry.slot in self.slots, f"row {start.row} names empty slot {entry.slot}")
         self.rows[start.row] = _Row(start)
@@ -195,7 +210,11 @@ class FakeDevice:
         adapters.update(entry.slot for entry in named)
         digests = [self.slots.get(entry.slot, "") for entry in named]
         self._require(all(digests), f"row {answer.row} runs on an empty slot")
-        entries = tuple((d, round(e.weight, 3)) for d, e in zip(digests, named, strict=True))
+        spans = tuple(
+            (span.start, tuple((self.slots[e.slot], round(e.weight, 3)) for e in span.entries))
+            for span in state.start.spans
+        )
+        entries: Applied = spans[0][1] if len(spans) == 1 and spans[0][0] == 0 else spans
         prefix = self._prefix(state)
         index = len(prefix) - state.start.prompt_length
         token = next_token(prefix, entries, state.start.seed, index)
@@ -276,11 +295,15 @@ class FakeShards:
         self.plans: list[shard_pb2.StepPlan] = []
         self.in_flight_most = 0
         self.downloads: list[str] = []
+        self.requests: list[shard_pb2.DownloadAdapterRequest] = []
+        """Of the downloads."""
+        self.tokenizers_asked: list[str] = []
         self.loads: list[str] = []
         self.unloads = 0
         self.violations: list[str] = []
         self.abandoned: list[str] = []
-        self._on_disk: set[str] = set()
+        self._on_disk: dict[str, FakeAdapter] = {}
+        """By digest, as they were when they were fetched."""
         self._events: GroupEvents | None = None
         self._pending: asyncio.Queue[shard_pb2.StepPlan] = asyncio.Queue()
         self._unanswered: list[shard_pb2.StepPlan] = []
@@ -308,13 +331,22 @@ class FakeShards:
             self.lose()
 
     async def tokenizer(self, adapter_digest: str = "") -> shard_pb2.TokenizerReply:
-        return shard_pb2.TokenizerReply(tokenizer_json=b"{}", stop_ids=[0])
+        self.tokenizers_asked.append(adapter_digest)
+        if not adapter_digest:
+            return shard_pb2.TokenizerReply(tokenizer_json=b"{}", stop_ids=[0])
+        if not self.connected:
+            raise ShardLost("gone")
+        if adapter_digest not in self._on_disk:
+            raise AdapterNotFound(f"{adapter_digest} is not on disk")
+        return self._on_disk[adapter_digest].text or shard_pb2.TokenizerReply()
 
     async def download(
         self, request: shard_pb2.DownloadAdapterRequest
     ) -> AsyncIterator[shard_pb2.DownloadAdapterEvent]:
         self.downloads.append(request.id)
-        adapter = self.sources.get(request.id)
+        self.requests.append(request)
+        merged = request.source == shard_pb2.DownloadAdapterRequest.MERGED
+        adapter = self._merge(request.merge) if merged else self.sources.get(request.id)
         if adapter is None:
             raise AdapterNotFound(f"nothing at {request.id}")
         progress = shard_pb2.DownloadProgress(bytes_done=1, bytes_total=adapter.bytes)
@@ -324,11 +356,22 @@ class FakeShards:
             raise ShardLost("gone")
         if adapter.error is not None:
             raise adapter.error
-        digest = FakeAdapter.digest(request.id)
-        self._on_disk.add(digest)
+        digest = FakeAdapter.digest("merge" if merged else request.id, adapter.content)
+        if request.expect_digest not in ("", digest):
+            raise AdapterRejected(f"its files have changed: {request.expect_digest} is now {digest}")
+        self._on_disk[digest] = replace(adapter)
         if adapter.not_finite:
             self.device.not_finite.add(digest)
-        manifest = shard_pb2.AdapterManifest(digest=digest, rank_bytes=[adapter.bytes], max_rank=8, modules=4)
+        manifest = shard_pb2.AdapterManifest(
+            digest=digest,
+            revision=adapter.revision,
+            rank_bytes=[adapter.bytes],
+            max_rank=8,
+            modules=4,
+            own_tokenizer=bool(adapter.text and adapter.text.tokenizer_json),
+            own_chat_template=bool(adapter.text and adapter.text.chat_template),
+            **adapter.manifest,
+        )
         yield shard_pb2.DownloadAdapterEvent(manifest=manifest)
 
     async def load(self, digest: str, slot: int) -> shard_pb2.LoadAdapterReply:
@@ -408,8 +451,16 @@ class FakeShards:
             assert self._events is not None
             self._events.step_answered(result)
 
+    def _merge(self, recipe: shard_pb2.MergeRecipe) -> FakeAdapter:
+        """A merged adapter is a function of its recipe."""
+        for part in recipe.parts:
+            if part.digest not in self._on_disk:
+                raise AdapterNotFound(f"{part.digest} is not on disk")
+        content = zlib.crc32(recipe.SerializeToString(deterministic=True))
+        return FakeAdapter(content=f"{recipe.method}-{content}", manifest={"kind": "merged LoRA"})
+
     def _size(self, digest: str) -> int:
-        return self.sources[digest.removeprefix("sha-")].bytes
+        return self._on_disk[digest].bytes
 
     def _rule(self, condition: bool, message: str) -> None:
         if not condition:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from loraplex.router.frontend import Frontend
 from loraplex.router.rest.app import RestServer, RestServices, build_app
 from loraplex.router.rest.lorax import ServerFacts, ShardGroup
 from loraplex.router.tokenizer import Tokenizer
+from loraplex.router.tokenizers import Tokenizers
 
 from ..fakes.engine import FakeEngine
 
@@ -75,8 +76,9 @@ def engine(library_tokenizer: LibraryTokenizer) -> FakeEngine:
 
 
 @pytest.fixture
-def frontend(engine: FakeEngine, tokenizer: Tokenizer) -> Frontend:
-    return Frontend(engine, tokenizer)
+async def frontend(engine: FakeEngine, tokenizer: Tokenizer) -> AsyncIterator[Frontend]:
+    async with aclosing(Tokenizers(tokenizer, engine.tokenizer)) as tokenizers:
+        yield Frontend(engine, tokenizers)
 
 
 @dataclass(frozen=True)

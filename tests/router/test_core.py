@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,29 +14,43 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry
 
 from loraplex.proto import shard_pb2
-from loraplex.router.adapters import Adapter
+from loraplex.router.client import Manifest
 from loraplex.router.config import RouterConfig
 from loraplex.router.core import Core
-from loraplex.router.errors import AdapterFetchFailed, RouterError, ShardLost
+from loraplex.router.downloads import Download
+from loraplex.router.errors import (
+    AdapterFetchFailed,
+    AdapterNotFound,
+    AdapterRejected,
+    RouterError,
+    ShardLost,
+)
 from loraplex.router.messages import (
     Cancelled,
+    DiskWaitEnded,
+    DiskWished,
     Fetched,
     FetchFailed,
     GroupLost,
     GroupReady,
     Loaded,
+    LoadWished,
     StepAnswered,
     Submitted,
     Unloaded,
+    UnloadWished,
 )
 from loraplex.router.metrics import Metrics
 from loraplex.router.request import AdapterUse, FinishReason, Request, SamplingParams, TokenStream
 from loraplex.router.residency import Place
 from loraplex.router.sequence import Sequence, SequenceState
+from loraplex.router.versions import Adapter
 
 from ..fakes.shard import FakeDevice, generate, make_info
 
 BYTES = 100
+ENDS = (AdapterFetchFailed, AdapterNotFound, AdapterRejected, ShardLost)
+"""Errors that a call may get here."""
 ADAPTERS = 5
 
 
@@ -44,9 +59,14 @@ class HandTasks:
     """Stands for AdapterTasks: commands wait until the test answers them."""
 
     pending: deque[tuple[str, str, int, str, int]] = field(default_factory=deque)
+    content: Counter[str] = field(default_factory=Counter)
+    """What a source holds now, by its id."""
 
-    def fetch(self, adapter: Adapter, epoch: int) -> None:
-        self.pending.append(("fetch", adapter.key, epoch, f"sha-{adapter.name}", 0))
+    def fetch(self, key: str, epoch: int, downloads: list[Download]) -> None:
+        request = downloads[-1].request
+        digest = f"sha-{request.id}-{self.content[request.id]}"
+        gone = request.expect_digest not in ("", digest)
+        self.pending.append(("gone" if gone else "fetch", key, epoch, digest, 0))
 
     def load(self, key: str, epoch: int, digest: str, slot: int) -> None:
         self.pending.append(("load", key, epoch, digest, slot))
@@ -75,8 +95,19 @@ class HandShards:
 @dataclass
 class Asked:
     sequence: Sequence
-    expected: list[int]
+    digests: dict[str, str]
+    """Of every version that was ever fetched, by key."""
     cancelled: bool = False
+
+    @property
+    def expected(self) -> list[int]:
+        """What it gets from its versions, whatever their names have come to stand for."""
+        request = self.sequence.request
+        entries = tuple((self.digests[use.key], use.weight) for use in request.adapters)
+        params = request.params
+        return generate(
+            request.prompt, params.max_tokens, entries=entries, seed=params.seed, stop_ids=params.stop_ids
+        )
 
     @property
     def events(self) -> list[Any]:
@@ -112,7 +143,10 @@ class RouterMachine(RuleBasedStateMachine):
             patience_lost=1e9,
             jitter=random.Random(0),
         )
-        self.keys = [self.core.registry.resolve(f"org/a{i}", tenant="") for i in range(ADAPTERS)]
+        self.loop = asyncio.new_event_loop()
+        self.digests: dict[str, str] = {}
+        self.futures: list[asyncio.Future[Any]] = []
+        self.leases: list[tuple[Adapter, asyncio.Future[None]]] = []
         self.now = 0.0
         self.epoch = 0
         self.asked: list[Asked] = []
@@ -138,24 +172,68 @@ class RouterMachine(RuleBasedStateMachine):
     )
     def submit(self, length: int, count: int, uses: list[int], seed: int, stop: bool) -> None:
         prompt = [seed * 10 + i for i in range(length)]
-        entries = tuple((f"sha-org/a{i}", 1.0) for i in uses)
-        stop_ids = (generate(prompt, count, entries=entries, seed=seed)[count // 2],) if stop else ()
+        try:
+            chosen = [self._resolve(i).key for i in uses]
+        except AdapterNotFound:
+            return
+        known = [(self.digests[key], 1.0) for key in chosen if key in self.digests]
+        stop_ids = (generate(prompt, count, entries=tuple(known), seed=seed)[count // 2],) if stop else ()
         request = Request(
             id=f"r{len(self.asked)}",
             tenant="",
-            adapters=tuple(AdapterUse(self.keys[i]) for i in uses),
+            adapters=tuple(AdapterUse(key) for key in chosen),
             prompt=prompt,
             params=SamplingParams(max_tokens=count, seed=seed, stop_ids=stop_ids),
             stream=TokenStream(),
             arrival=self.now,
         )
-        keys = tuple(sorted(self.keys[i] for i in uses))
-        sequence = Sequence(request, next(self.core.tickets), keys, count)
+        sequence = Sequence(request, next(self.core.tickets), tuple(sorted(chosen)), count)
         self.core.bounds.take(sequence)
         self.core.live[request.id] = sequence
-        expected = generate(prompt, count, entries=entries, seed=seed, stop_ids=stop_ids)
-        self.asked.append(Asked(sequence, expected))
+        self.asked.append(Asked(sequence, self.digests))
         self._handle(Submitted(sequence))
+
+    def _resolve(self, index: int) -> Adapter:
+        return self.core.registry.resolve(f"org/a{index}", tenant="")
+
+    def _future(self) -> asyncio.Future[Any]:
+        self.futures.append(self.loop.create_future())
+        return self.futures[-1]
+
+    @rule(index=st.integers(0, ADAPTERS - 1), changed=st.booleans(), scaling=st.sampled_from([1.0, 1.0, 2.0]))
+    def load(self, index: int, changed: bool, scaling: float) -> None:
+        name = f"org/a{index}"
+        self.tasks.content[name] += changed
+        adapter = self.core.registry.register(name, name, tenant="", scaling=scaling)
+        self._handle(LoadWished(adapter, False, self._future()))
+
+    @rule(index=st.integers(0, ADAPTERS - 1))
+    def unload(self, index: int) -> None:
+        try:
+            versions = self.core.registry.close(f"org/a{index}", "")
+        except AdapterNotFound:
+            return
+        for version in versions:
+            self._handle(UnloadWished(version, self._future()))
+
+    @rule(index=st.integers(0, ADAPTERS - 1))
+    def prepare(self, index: int) -> None:
+        try:
+            adapter = self._resolve(index)
+        except AdapterNotFound:
+            return
+        adapter.leases += 1
+        self.leases.append((adapter, self._future()))
+        self._handle(DiskWished(*self.leases[-1]))
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def release(self) -> None:
+        adapter, done = self.leases.pop(0)
+        assert self.core.registry.get(adapter.key) is adapter
+        done.cancel()
+        adapter.leases -= 1
+        self._handle(DiskWaitEnded(adapter, done))
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -175,9 +253,11 @@ class RouterMachine(RuleBasedStateMachine):
         command, key, epoch, digest, slot = self.tasks.pending.popleft()
         if command == "fetch" and fails:
             self._handle(FetchFailed(key, epoch, AdapterFetchFailed("no")))
+        elif command == "gone":
+            self._handle(FetchFailed(key, epoch, AdapterRejected("other bytes")))
         elif command == "fetch":
-            manifest = shard_pb2.AdapterManifest(digest=digest, rank_bytes=[BYTES])
-            self._handle(Fetched(key, epoch, manifest, 0.1))
+            assert self.digests.setdefault(key, digest) == digest
+            self._handle(Fetched(key, epoch, Manifest(digest=digest, bytes=BYTES), 0.1))
         elif command == "load":
             assert slot not in self.device.slots
             self.device.slots[slot] = digest
@@ -231,15 +311,25 @@ class RouterMachine(RuleBasedStateMachine):
     @invariant()
     def streams_are_prefixes(self) -> None:
         for asked in self.asked:
-            assert asked.tokens == asked.expected[: len(asked.tokens)]
+            if tokens := asked.tokens:
+                assert tokens == asked.expected[: len(tokens)]
 
     def teardown(self) -> None:
         """Left alone, everything ends: nobody starves, and nothing is left behind."""
         if not hasattr(self, "core"):
             return
+        try:
+            self._run_out()
+        finally:
+            self.loop.close()
+
+    def _run_out(self) -> None:
         for _ in range(200 * (1 + len(self.asked))):
-            if self.core.quiet and not self.tasks.pending:
+            busy = self.tasks.pending or self.leases or self.core.lifecycle.busy
+            if self.core.quiet and not busy:
                 break
+            if self.leases:
+                self.release()
             if self.tasks.pending:
                 self.report(False)
             if self.shards.sent:
@@ -256,6 +346,16 @@ class RouterMachine(RuleBasedStateMachine):
         assert all(entry.references == 0 for entry in group.residency.entries())
         assert not self.device.rows
         assert not self.core.bounds._shares
+        assert all(future.done() for future in self.futures)
+        registry = self.core.registry
+        assert all(registry.named(adapter) is adapter for adapter in registry)
+        assert not any(adapter.leases or adapter.closing or adapter.candidate for adapter in registry)
+        for future in self.futures:
+            self._check_answer(future)
+
+    def _check_answer(self, future: asyncio.Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        assert error is None or isinstance(error, ENDS)
 
     def _check_end(self, asked: Asked) -> None:
         """Exactly one terminal event, and none after a cancel; TokenStream refuses a second."""
@@ -266,7 +366,7 @@ class RouterMachine(RuleBasedStateMachine):
         assert len(ends) == 1
         assert asked.events[-1] is ends[0]
         if isinstance(ends[0], RouterError):
-            assert isinstance(ends[0], AdapterFetchFailed | ShardLost)
+            assert isinstance(ends[0], ENDS)
             return
         assert asked.tokens == asked.expected
         stopped = asked.expected[-1] in asked.sequence.request.params.stop_ids

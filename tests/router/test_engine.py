@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -29,92 +27,11 @@ from loraplex.router.errors import (
     TooManyRequests,
 )
 from loraplex.router.metrics import Metrics
-from loraplex.router.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent, TokenStream
+from loraplex.router.request import AdapterUse, FinishReason, TokenEvent, TokenStream
 
 from ..fakes.polling import until
 from ..fakes.shard import FakeAdapter, FakeShards, generate, make_info, prompt_logprob
-
-
-class Served:
-    """An engine on a fake shard, with helpers to ask it and to look at what is left."""
-
-    def __init__(self, shards: FakeShards, config: RouterConfig, patience_lost: float) -> None:
-        self.shards = shards
-        self.metrics = Metrics(CollectorRegistry())
-        self.engine = Engine(
-            config, shards, self.metrics, patience_lost=patience_lost, jitter=random.Random(0)
-        )
-        self._count = 0
-
-    def submit(
-        self,
-        prompt: Sequence[int],
-        *uses: AdapterUse,
-        tenant: str = "",
-        request_id: str = "",
-        **params: object,
-    ) -> Request:
-        self._count += 1
-        request = Request(
-            id=request_id or f"r{self._count}",
-            tenant=tenant,
-            adapters=uses,
-            prompt=prompt,
-            params=SamplingParams(**{"max_tokens": 8, **params}),  # type: ignore[arg-type]
-            stream=TokenStream(),
-            arrival=asyncio.get_running_loop().time(),
-        )
-        self.engine.submit(request)
-        return request
-
-    def use(self, name: str, weight: float = 1.0) -> AdapterUse:
-        return AdapterUse(self.engine.resolve(name, tenant=""), weight)
-
-    async def at_baseline(self) -> None:
-        """Wait until nothing is accepted or in flight, then check that nothing is left of it."""
-        async with asyncio.timeout(30):
-            await self.engine._until_quiet()
-        now = self.metrics.snapshot()
-        assert (now.running, now.waiting, now.blocks_used, now.rows_used) == (0, 0, 0, 0)
-        assert (now.adapter_references, now.steps_in_flight) == (0, 0)
-        assert not self.shards.device.rows
-        assert not self.shards.violations
-        self.group.pool.check()
-
-    @property
-    def group(self):  # type: ignore[no-untyped-def]
-        group = self.engine._core.group
-        assert group is not None
-        return group
-
-
-async def read(request: Request) -> tuple[list[int], FinishReason | None]:
-    events = [event async for event in request.stream]
-    return [token for event in events for token in event.tokens], events[-1].finish
-
-
-async def tokens_of(request: Request) -> list[int]:
-    async with asyncio.timeout(30):
-        return (await read(request))[0]
-
-
-@asynccontextmanager
-async def serving(
-    shards: FakeShards | None = None, *, patience_lost: float = 60.0, **config: object
-) -> AsyncIterator[Served]:
-    settings = {"served_model_name": "base", "ranks": ("fake:1",), **config}
-    served = Served(shards or FakeShards(), RouterConfig(**settings), patience_lost)  # type: ignore[arg-type]
-    served.engine.start()
-    await served.engine.wait_ready()
-    try:
-        yield served
-    finally:
-        await served.engine.close()
-    assert not served.shards.violations
-
-
-def hub(count: int, **kwargs: object) -> dict[str, FakeAdapter]:
-    return {f"org/a{index}": FakeAdapter(**kwargs) for index in range(count)}  # type: ignore[arg-type]
+from .served import Served, hub, read, serving, tokens_of
 
 
 async def test_one_request_gets_exactly_its_tokens() -> None:
@@ -340,7 +257,7 @@ async def test_a_failed_adapter_is_remembered_with_backoff_and_tried_again() -> 
 async def test_an_unknown_adapter_never_gets_the_base() -> None:
     async with serving() as served:
         with pytest.raises(AdapterNotFound):
-            served.engine.resolve("nothing", tenant="")
+            served.use("nothing")
         with pytest.raises(AdapterNotFound):
             served.submit([1], AdapterUse("gone#3"))
         with pytest.raises(AdapterNotFound):

@@ -7,14 +7,19 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
+from loraplex.proto import shard_pb2
 from loraplex.router.auth import Caller
-from loraplex.router.call import AdapterChoice, Chat, GenerateCall, Sampling, Stopping
+from loraplex.router.call import Chat, GenerateCall, Sampling, Stopping, check_call, seed_of
+from loraplex.router.client import Manifest
 from loraplex.router.errors import AdapterNotFound, InvalidRequest, NumericalError, Overloaded
 from loraplex.router.frontend import Frontend
+from loraplex.router.merges import MergeRecipe
 from loraplex.router.output import Choice, StopStrings
-from loraplex.router.request import FinishReason, TokenEvent
+from loraplex.router.request import AdapterChoice, FinishReason, TokenEvent
 from loraplex.router.tokenizer import Tokenizer
+from loraplex.router.tokenizers import Tokenizers
 
 from ..fakes.engine import logprobs_of, play
 from .conftest import byte_level_library_tokenizer
@@ -291,7 +296,10 @@ async def test_adapters_are_resolved_and_weighted(frontend, engine):
         ("key of upper", 0.5),
         ("key of reverse", 1.0),
     ]
-    assert engine.resolved[0] == ("upper", "acme", "hub", "secret")
+    query = engine.queries[0]
+    assert (list(query.choices), query.tenant) == (adapters, "acme")
+    assert (query.source, query.token) == ("hub", "secret")
+    assert engine.leased == 0
     await collect(frontend, call(model="upper"))
     assert [use.key for use in engine.requests[1].adapters] == ["key of upper"]
     assert "secret" not in repr(call(hub_token="secret"))
@@ -318,7 +326,10 @@ async def test_defaults_are_the_models_then_openais(frontend, engine, library_to
         tokenizer_json=library_tokenizer.to_str().encode(),
         generation_defaults_json='{"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}',
     )
-    await collect(Frontend(engine, own), call(sampling=Sampling(top_k=-1, temperature=1e-9)))
+    await collect(
+        Frontend(engine, Tokenizers(own, engine.tokenizer)),
+        call(sampling=Sampling(top_k=-1, temperature=1e-9)),
+    )
     params = engine.requests[1].params
     assert (params.temperature, params.top_k, params.top_p, params.repetition_penalty) == (0.0, 0, 0.9, 1.1)
 
@@ -398,8 +409,125 @@ async def test_too_many_sequences_are_refused(frontend):
 
 @given(seed=st.integers(-(2**63), 2**64 - 1))
 def test_any_64_bit_seed_is_taken(seed):
-    from loraplex.router.call import check_call, seed_of
-
     generate_call = call(sampling=Sampling(seed=seed))
-    check_call(generate_call, 400)
+    check_call(generate_call)
     assert 0 <= seed_of(generate_call, 127) < 2**64
+
+
+# Adapters that are more than a delta.
+
+
+def own_tokenizer(**fields) -> shard_pb2.TokenizerReply:
+    """The base's tokenizer with one more token."""
+    library = byte_level_library_tokenizer()
+    library.add_tokens([AddedToken("<tool>")])
+    return shard_pb2.TokenizerReply(tokenizer_json=library.to_str().encode(), **fields)
+
+
+TOOL = LIBRARY.get_vocab_size()
+
+
+@pytest.fixture
+def resized(engine):
+    """`upper` knows one token more than the base, and brings the tokenizer and template for it."""
+    engine.manifests["upper"] = Manifest(
+        digest="resized", vocab_size=TOOL + 1, own_tokenizer=True, own_chat_template=True
+    )
+    template = "{% for m in messages %}<tool>{{ m.content }}{% endfor %}"
+    engine.tokenizers["resized"] = own_tokenizer(chat_template=template, stop_ids=[TOOL])
+
+
+async def test_an_adapters_own_tokenizer_reads_and_writes(frontend, engine, resized):
+    (events,), _ = await collect(frontend, call("<tool>ab", model="upper"))
+    assert list(engine.requests[0].prompt) == [TOOL, *LIBRARY.encode("ab").ids]
+    assert engine.requests[0].params.stop_ids == (0, TOOL)
+    assert text_of(events) == ""
+    assert events[-1].stop == TOOL
+    stopping = Stopping(max_tokens=4, ignore_eos=True)
+    (events,), _ = await collect(frontend, call([*spell("ab"), TOOL, 5], model="upper", stopping=stopping))
+    assert text_of(events) == "ab<tool>" + LIBRARY.decode([5])
+    chat = Chat(({"role": "user", "content": "ab"},))
+    await collect(frontend, call(chat, model="upper"))
+    assert list(engine.requests[2].prompt) == [TOOL, *LIBRARY.encode("ab").ids]
+    assert engine.tokenizers_asked == ["resized"]
+    await collect(frontend, call("<tool>", model="reverse"))
+    assert TOOL not in engine.requests[3].prompt
+
+
+async def test_a_server_may_read_with_the_base_only(engine, tokenizer, resized):
+    frontend = Frontend(engine, Tokenizers(tokenizer, engine.tokenizer, own=False))
+    await collect(frontend, call("<tool>", model="upper"))
+    assert TOOL not in engine.requests[0].prompt
+    assert engine.tokenizers_asked == []
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("prompt", {"prompt": [TOOL]}),
+        ("logit_bias", {"sampling": Sampling(logit_bias={TOOL: 1.0})}),
+        ("stop_token_ids", {"stopping": Stopping(max_tokens=2, token_ids=[TOOL])}),
+    ],
+)
+async def test_token_ids_may_go_as_far_as_the_adapter_knows_them(frontend, engine, resized, field, fields):
+    await collect(frontend, call(model="upper", **fields))
+    for model in ("base", "reverse"):
+        with pytest.raises(InvalidRequest, match=f"{field} holds a token id .* {TOOL - 1}$") as caught:
+            await collect(frontend, call(model=model, **fields))
+        assert caught.value.param == field
+    both = [AdapterChoice("reverse"), AdapterChoice("upper")]
+    await collect(frontend, call(adapters=both, **fields))
+    assert len(engine.requests) == 2
+    assert engine.leased == 0
+
+
+async def test_each_prompt_invokes_an_adapter_on_its_own(frontend, engine):
+    engine.manifests["upper"] = Manifest(digest="alora", invocation_tokens=tuple(spell("b")))
+    generate_call = replace(call(model="upper"), prompts=[spell("abab"), spell("b"), spell("aa")])
+    await collect(frontend, generate_call)
+    assert [[use.start for use in request.adapters] for request in engine.requests] == [[3], [0], []]
+    await collect(frontend, replace(generate_call, prompts=[spell("abab")], truncate=1))
+    assert [use.start for use in engine.requests[3].adapters] == [0]
+
+
+async def test_what_may_not_be_summed_is_refused_by_name(frontend, engine):
+    engine.manifests["upper"] = Manifest(digest="d", alone="DoRA")
+    both = [AdapterChoice("upper"), AdapterChoice("reverse")]
+    with pytest.raises(InvalidRequest, match=r"upper \(DoRA\) cannot be summed with reverse") as caught:
+        await collect(frontend, call(adapters=both))
+    assert caught.value.param == "adapters"
+    with pytest.raises(InvalidRequest, match="takes no weight but 1"):
+        await collect(frontend, call(adapters=[AdapterChoice("upper", 0.5)]))
+    await collect(frontend, call(model="upper"))
+    assert len(engine.requests) == 1
+    assert engine.leased == 0
+
+
+async def test_a_merge_is_one_adapter(frontend, engine):
+    recipe = MergeRecipe.checked("linear")
+    both = [AdapterChoice("upper", 0.5), AdapterChoice("reverse", 2.0)]
+    await collect(frontend, call(adapters=both, merge=recipe))
+    assert engine.queries[0].merge is recipe
+    assert [(use.key, use.weight) for use in engine.requests[0].adapters] == [("key of merged", 1.0)]
+
+
+async def test_time_before_acceptance_counts(frontend, engine, resized, monkeypatch):
+    async def slow(digest):
+        await asyncio.sleep(0.05)
+        return engine.tokenizers[digest]
+
+    monkeypatch.setattr(frontend._tokenizers, "_fetch", slow)
+    before = asyncio.get_running_loop().time()
+    await collect(frontend, call(model="upper"))
+    assert engine.requests[0].arrival - before < 0.03
+
+
+async def test_the_tokenizer_of_a_model(frontend, engine, resized):
+    caller = Caller("acme", ("up*",))
+    assert await frontend.tokenizer_of(caller, "") == (await frontend.tokenizer_of(caller, "base"))
+    tokenizer, vocab_size = await frontend.tokenizer_of(caller, "upper")
+    assert (tokenizer.decode([TOOL]), vocab_size) == ("<tool>", TOOL + 1)
+    for name in ("reverse", "nobody"):
+        with pytest.raises(AdapterNotFound):
+            await frontend.tokenizer_of(caller, name)
+    assert engine.leased == 0

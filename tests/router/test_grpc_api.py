@@ -14,6 +14,7 @@ from loraplex.proto import router_pb2_grpc
 from loraplex.router.auth import ApiKeys, Caller, _digest
 from loraplex.router.errors import NumericalError, Overloaded, ShardLost
 from loraplex.router.grpc_api import SERVICE, GrpcServices, build_server
+from loraplex.router.merges import MergeRecipe
 from loraplex.router.request import TokenEvent
 
 from ..fakes.engine import play
@@ -238,6 +239,9 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(channel, method
 async def test_adapters(stub):
     adapter = await stub.LoadAdapter(pb.LoadAdapterRequest(name="new", source="org/repo", pin=True))
     assert (adapter.name, adapter.state, adapter.pinned, adapter.bytes) == ("new", "resident", True, 64)
+    assert (adapter.kind, adapter.scaling, adapter.warnings) == ("LoRA", 1.0, ["odd"])
+    zero = await stub.LoadAdapter(pb.LoadAdapterRequest(name="new", source="org/repo", scaling=0.0))
+    assert zero.scaling == 0.0
     assert not (await stub.PinAdapter(pb.PinAdapterRequest(name="new", pinned=False))).pinned
     listed = await stub.ListAdapters(pb.ListAdaptersRequest())
     assert [entry.name for entry in listed.adapters] == ["upper", "reverse", "org/nested", "new"]
@@ -247,6 +251,26 @@ async def test_adapters(stub):
     assert details["ErrorInfo"].reason == "model_not_found"
     error, details = await refused(stub.LoadAdapter(pb.LoadAdapterRequest(name="x")))
     assert details["BadRequest"].field_violations[0].field == "source"
+
+
+async def test_merge(stub, engine):
+    both = [pb.AdapterRef(id="upper", weight=0.5), pb.AdapterRef(id="reverse")]
+    fields = {"name": "both", "adapters": both, "method": "ties_svd", "density": 0.5, "rank": 4}
+    adapter = await stub.MergeAdapters(pb.MergeAdaptersRequest(**fields))
+    assert (adapter.name, adapter.state) == ("both", "resident")
+    (query,) = engine.queries
+    assert [(choice.id, choice.weight) for choice in query.choices] == [("upper", 0.5), ("reverse", 1.0)]
+    assert query.merge == MergeRecipe("ties_svd", 0.5, rank=4)
+    for other, field in (
+        ({"name": ""}, "name"),
+        ({"method": ""}, "method"),
+        ({"method": "sum"}, "method"),
+        ({"density": None}, "density"),
+        ({"adapters": [*both, pb.AdapterRef()]}, "adapters"),
+    ):
+        error, details = await refused(stub.MergeAdapters(pb.MergeAdaptersRequest(**{**fields, **other})))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field == field
 
 
 async def test_info(stub):
@@ -295,6 +319,10 @@ async def test_a_key_opens_the_tenants_adapters_only(locked, engine):
         stub.PinAdapter(pb.PinAdapterRequest(name="reverse"), metadata=metadata),
         stub.UnloadAdapter(pb.UnloadAdapterRequest(name="reverse"), metadata=metadata),
         stub.LoadAdapter(pb.LoadAdapterRequest(name="upper", source="org/secret"), metadata=metadata),
+        stub.MergeAdapters(
+            pb.MergeAdaptersRequest(name="up2", method="cat", adapters=[pb.AdapterRef(id="reverse")]),
+            metadata=metadata,
+        ),
     ):
         error, _ = await refused(call)
         assert error.code() is grpc.StatusCode.NOT_FOUND

@@ -6,8 +6,13 @@ import asyncio
 import json
 
 import pytest
+from tokenizers import AddedToken
 
+from loraplex.proto import shard_pb2
 from loraplex.router.auth import ApiKeys, Caller, _digest
+from loraplex.router.client import Manifest
+
+from .conftest import byte_level_library_tokenizer
 
 BODY = b'{"model": "base", "prompt": "hello", "max_tokens": 2}'
 
@@ -241,6 +246,25 @@ async def test_metrics(rest):
     assert (head.status_code, head.text) == (200, "")
 
 
+async def test_tokenize_and_detokenize_with_an_adapters_own_tokenizer(rest, engine):
+    library = byte_level_library_tokenizer()
+    token = library.get_vocab_size()
+    library.add_tokens([AddedToken("<tool>")])
+    engine.manifests["upper"] = Manifest(digest="resized", vocab_size=token + 1, own_tokenizer=True)
+    engine.tokenizers["resized"] = shard_pb2.TokenizerReply(
+        tokenizer_json=library.to_str().encode(), chat_template="<tool>"
+    )
+    answer = (await rest.post("/tokenize", json={"model": "upper", "prompt": "<tool>"})).json()
+    assert answer["tokens"] == [token]
+    chat = {"model": "upper", "messages": [{"role": "user", "content": "hello"}]}
+    assert (await rest.post("/tokenize", json=chat)).json()["tokens"] == [token]
+    back = await rest.post("/detokenize", json={"model": "upper", "tokens": [token]})
+    assert back.json() == {"prompt": "<tool>"}
+    plain = (await rest.post("/tokenize", json={"model": "reverse", "prompt": "<tool>"})).json()
+    assert token not in plain["tokens"]
+    assert (await rest.post("/tokenize", json={"model": "nobody", "prompt": "a"})).status_code == 404
+
+
 async def test_tokenize_and_detokenize(rest, library_tokenizer):
     text = "hello wörld"
     answer = (await rest.post("/tokenize", json={"model": "base", "prompt": text})).json()
@@ -258,6 +282,7 @@ async def test_tokenize_and_detokenize(rest, library_tokenizer):
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [10**30]}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {"tokens": [library_tokenizer.get_vocab_size()]}, "tokens"),
     ):
         answer = await rest.post(path, json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)

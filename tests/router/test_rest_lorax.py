@@ -15,12 +15,14 @@ from loraplex.router.errors import (
     ShardLost,
     TooManyRequests,
 )
+from loraplex.router.merges import MergeRecipe
 from loraplex.router.request import TokenEvent
 
 from ..fakes.engine import play
 from .conftest import byte_level_library_tokenizer
 
 LIBRARY = byte_level_library_tokenizer()
+MERGED = {"ids": ["upper", "reverse"], "weights": [0.5, 2.0]}
 
 
 def spell(text: str) -> list[int]:
@@ -189,11 +191,25 @@ async def test_it_is_greedy_unless_something_asks_for_sampling(rest, engine, par
 async def test_adapter_source_and_hub_token(serve_rest, rest, engine):
     body = as_client_sends(adapter_id="org/nested", adapter_source="hub", api_token="hf_x")
     answer = await rest.post("/", json=body, headers={"Authorization": "Bearer not-a-hub-token"})
-    assert engine.resolved == [("org/nested", "", "hub", "hf_x")]
+    (query,) = engine.queries
+    assert [choice.id for choice in query.choices] == ["org/nested"]
+    assert (query.source, query.token) == ("hub", "hf_x")
     assert answer.headers["x-adapter-id"] == "org/nested"
     weighted = {**as_client_sends(), "adapters": [{"id": "upper", "weight": 2}, {"id": "reverse"}]}
     await rest.post("/", json=weighted)
     assert [use.weight for use in engine.requests[1].adapters] == [2.0, 1.0]
+
+
+async def test_merged_adapters_are_one_adapter_for_the_request(rest, engine):
+    merged = {**MERGED, "merge_strategy": "dare_ties", "density": 0.5, "majority_sign_method": "frequency"}
+    await rest.post("/generate", json=as_client_sends(merged_adapters=merged, api_token="hf_x"))
+    await rest.post("/", json=as_client_sends(merged_adapters={**MERGED, "density": 0.0}))
+    first, second = engine.queries
+    assert [(choice.id, choice.weight) for choice in first.choices] == [("upper", 0.5), ("reverse", 2.0)]
+    assert first.merge == MergeRecipe("dare_ties", 0.5, "frequency")
+    assert first.token == "hf_x"
+    assert second.merge == MergeRecipe("linear")
+    assert [use.key for use in engine.requests[0].adapters] == ["key of merged"]
 
 
 async def test_full_text_has_the_prompt_in_front(rest):
@@ -260,7 +276,14 @@ async def test_truncate_keeps_the_last_tokens(rest, engine):
         ({"typical_p": 0.5}, "typical_p"),
         ({"watermark": True}, "watermark"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"merged_adapters": {"ids": ["a"], "weights": [1.0]}}, "merged_adapters"),
+        ({"merged_adapters": {"ids": ["upper"], "weights": [1.0, 2.0]}}, "merged_adapters"),
+        ({"merged_adapters": {"ids": [], "weights": []}}, "merged_adapters"),
+        ({"merged_adapters": {"ids": ["upper"]}}, "merged_adapters"),
+        ({"merged_adapters": {**MERGED, "merge_strategy": "svd"}}, "merge_strategy"),
+        ({"merged_adapters": {**MERGED, "merge_strategy": "ties"}}, "density"),
+        ({"merged_adapters": {**MERGED, "merge_strategy": "ties", "density": 1.5}}, "density"),
+        ({"merged_adapters": {**MERGED, "majority_sign_method": "vote"}}, "majority_sign_method"),
+        ({"merged_adapters": MERGED, "adapter_id": "upper"}, "merged_adapters"),
         ({"adapter_source": "pbase"}, "adapter_source"),
         ({"stop": "text"}, "stop"),
     ],

@@ -20,6 +20,7 @@ from loraplex.router.errors import (
     ShardLost,
     TooManyRequests,
 )
+from loraplex.router.merges import MergeRecipe
 from loraplex.router.request import TokenEvent
 
 from ..fakes.engine import play
@@ -337,24 +338,59 @@ async def test_load_pin_and_unload(rest):
     assert answer.status_code == 200
     assert "org/new" in answer.text
     assert answer.headers["content-type"].startswith("text/plain")
+    again = await rest.post(
+        "/v1/load_lora_adapter", json={"lora_name": "org/new", "lora_path": "org/repo", "scaling": -0.5}
+    )
+    assert again.status_code == 200
     answer = await rest.post("/v1/adapters/org/new/pin", json={"pinned": True})
     assert answer.json()["pinned"] is True
     found = (await rest.get("/v1/adapters/org/new")).json()
     assert (found["name"], found["state"], found["pinned"]) == ("org/new", "resident", True)
+    assert (found["digest"], found["kind"], found["scaling"]) == ("digest of org/new", "LoRA", -0.5)
+    assert found["warnings"] == ["odd"]
     listed = (await rest.get("/v1/adapters")).json()["data"]
     assert [adapter["name"] for adapter in listed] == ["upper", "reverse", "org/nested", "org/new"]
-    assert (await rest.post("/v1/unload_lora_adapter", json={"lora_name": "org/new"})).status_code == 200
+    answer = await rest.post("/v1/unload_lora_adapter", json={"lora_name": "org/new"})
+    assert (answer.status_code, answer.headers["x-bytes-freed"]) == (200, "64")
+    assert answer.text == "Success: LoRA adapter 'org/new' removed successfully."
     assert (await rest.post("/v1/unload_lora_adapter", json={"lora_name": "org/new"})).status_code == 404
     assert (await rest.get("/v1/adapters/org/new")).status_code == 404
     for path, body, field in (
         ("/v1/load_lora_adapter", {"lora_name": "x"}, "lora_path"),
         ("/v1/load_lora_adapter", {"lora_name": "base", "lora_path": "x"}, "lora_name"),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x", "scaling": "1"}, "scaling"),
         ("/v1/unload_lora_adapter", {}, "lora_name"),
         ("/v1/adapters/upper/pin", {}, "pinned"),
         ("/v1/adapters/upper/pin", {"pinned": 1}, "pinned"),
     ):
         answer = await rest.post(path, json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+async def test_merge(rest, engine):
+    adapters = [{"id": "upper", "weight": 0.5}, {"id": "reverse"}]
+    recipe = {"method": "dare_ties", "density": 0.5, "majority_sign_method": "frequency", "seed": 3}
+    answer = await rest.post("/v1/adapters/merge", json={"name": "both", "adapters": adapters, **recipe})
+    assert (answer.status_code, answer.json()["name"], answer.json()["state"]) == (200, "both", "resident")
+    (query,) = engine.queries
+    assert [(choice.id, choice.weight) for choice in query.choices] == [("upper", 0.5), ("reverse", 1.0)]
+    assert query.merge == MergeRecipe("dare_ties", 0.5, "frequency", 3)
+    for fields, field in (
+        ({"name": None}, "name"),
+        ({"method": None}, "method"),
+        ({"method": "sum"}, "method"),
+        ({"density": 0}, "density"),
+        ({"majority_sign_method": "vote"}, "majority_sign_method"),
+        ({"seed": -1}, "seed"),
+        ({"adapters": [{"id": "upper", "weight": 1000}]}, "adapters"),
+        ({"adapters": [{"id": "upper"}, {"id": "upper"}]}, "adapters"),
+    ):
+        body = {"name": "both", "adapters": adapters, **recipe, **fields}
+        answer = await rest.post("/v1/adapters/merge", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    body = {"name": "both", "adapters": [{"id": "nobody"}], **recipe}
+    assert (await rest.post("/v1/adapters/merge", json=body)).status_code == 404
+    assert (await rest.get("/v1/adapters/both")).status_code == 200
 
 
 async def test_a_tenant_sees_and_names_only_its_own(serve_rest, engine):
@@ -378,6 +414,10 @@ async def test_a_tenant_sees_and_names_only_its_own(serve_rest, engine):
             ("POST", "/v1/adapters/reverse/pin", {"pinned": True}),
             ("POST", "/v1/unload_lora_adapter", {"lora_name": "reverse"}),
             ("POST", "/v1/load_lora_adapter", {"lora_name": "upper", "lora_path": "secret/repo"}),
+            ("POST", "/v1/adapters/merge", {"name": "x", "method": "cat", "adapters": [{"id": "upper"}]}),
+            ("POST", "/v1/adapters/merge", {"name": "org/x", "method": "cat", "adapters": [{"id": "no"}]}),
+            ("POST", "/tokenize", {"model": "reverse", "prompt": "x"}),
+            ("POST", "/detokenize", {"model": "reverse", "tokens": [1]}),
         ):
             answer = await rest.request(method, path, json=body, headers=headers)
             assert answer.status_code == 404, path

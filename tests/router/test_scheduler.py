@@ -7,10 +7,9 @@ from copy import deepcopy
 
 import pytest
 
-from loraplex.proto import shard_pb2
 from loraplex.router.adapters import AdapterRegistry
 from loraplex.router.blocks import BlockPool
-from loraplex.router.client import AdapterState
+from loraplex.router.client import AdapterState, Manifest
 from loraplex.router.errors import AdapterFetchFailed, AdapterRejected, Overloaded
 from loraplex.router.queues import Queues
 from loraplex.router.request import Request, SamplingParams, TokenStream
@@ -81,11 +80,10 @@ class World:
         return sequence
 
     def adapter(self, name: str, *, size: int = 100, place: str = "disk", used: float = 0.0) -> str:
-        key = self.registry.resolve(f"org/{name}", tenant="")
-        adapter = self.registry.get(key)
-        assert adapter is not None
+        adapter = self.registry.resolve(f"org/{name}", tenant="")
+        key = adapter.key
         if place != "absent":
-            self.registry.fetched(adapter, shard_pb2.AdapterManifest(digest=name, rank_bytes=[size]), 0.0)
+            self.registry.fetched(adapter, Manifest(digest=name, bytes=size), 0.0)
         if place in ("loading", "resident"):
             self.residency.begin_load(key, size)
         if place == "resident":
@@ -255,7 +253,7 @@ def test_a_failed_adapter_is_refused_within_its_backoff_and_fetched_after() -> N
 def test_the_least_recently_used_idle_adapter_goes() -> None:
     world = World(slots=3)
     world.adapter("busy", place="resident", used=1.0)
-    world.residency.acquire([world.registry.resolve("org/busy", tenant="")], 1.0)
+    world.residency.acquire([world.registry.resolve("org/busy", tenant="").key], 1.0)
     old, _ = (
         world.adapter("old", place="resident", used=2.0),
         world.adapter("new", place="resident", used=3.0),
@@ -320,7 +318,7 @@ def test_waiting_counts_from_when_the_adapter_is_on_disk() -> None:
     key = world.adapter("wanted", place="absent")
     adapter = world.registry.get(key)
     assert adapter is not None
-    world.registry.fetched(adapter, shard_pb2.AdapterManifest(rank_bytes=[1]), 20.0)
+    world.registry.fetched(adapter, Manifest(digest="late", bytes=1), 20.0)
     world.waiting(2, key, arrival=0.0)
     assert plan_adapters(world.state, 22.0).draining == []
     assert plan_adapters(world.state, 24.0).draining == [busy]

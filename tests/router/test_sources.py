@@ -28,6 +28,12 @@ def root(tmp_path: Path) -> Path:
         ("hub:org/na.me-1", "", Source(SourceKind.HUB, "org/na.me-1")),
         ("org/name@v1.0", "", Source(SourceKind.HUB, "org/name", "v1.0")),
         ("org/name@refs/pr/3", "", Source(SourceKind.HUB, "org/name", "refs/pr/3")),
+        ("org/name/ref", "", Source(SourceKind.HUB, "org/name", subfolder="ref")),
+        (
+            "hub:org/name/runs/checkpoint-100@v2",
+            "",
+            Source(SourceKind.HUB, "org/name", "v2", "runs/checkpoint-100"),
+        ),
     ],
 )
 def test_hub_ids(text: str, kind: str, expected: Source) -> None:
@@ -40,7 +46,12 @@ def test_hub_ids(text: str, kind: str, expected: Source) -> None:
     [
         "",
         "name",
-        "org/name/more",
+        "org/name/",
+        "org/name//ref",
+        "org/name/../ref",
+        "org/name/.git",
+        "org/name/-ref",
+        "org/name" + "/a" * 9,
         "../name",
         "org/../name",
         "org/..",
@@ -81,6 +92,7 @@ def test_directories_resolve_below_a_root(root: Path) -> None:
     assert policy.requested("team/adapter", "local") == inside
     assert policy.requested("local:team/adapter") == inside
     assert policy.requested(str(root / "link-in")) == inside
+    assert policy.requested("team/adapter", "local").root == str(root)
 
 
 @pytest.mark.parametrize("name", ["", "link-out", "file", "missing", "../outside", "team/../../outside"])
@@ -107,15 +119,67 @@ def test_an_unknown_kind_names_its_field() -> None:
     with pytest.raises(InvalidRequest) as caught:
         SourcePolicy((), ("hub:*",)).requested("org/name", "pbase")
     assert caught.value.param == "adapter_source"
-    with pytest.raises(AdapterNotFound, match="S3"):
-        SourcePolicy((), ("hub:*",)).requested("key", "s3")
+
+
+def test_a_pattern_covers_a_repositorys_sub_folders() -> None:
+    policy = SourcePolicy((), ("hub:mine/one",))
+    assert policy.requested("mine/one/ref").subfolder == "ref"
+    with pytest.raises(AdapterNotFound):
+        policy.requested("mine/two/one")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("s3://bucket/team/adapter", ""),
+        ("s3://bucket/team/adapter", "s3"),
+        ("bucket/team/adapter", "s3"),
+        ("s3:bucket/team/adapter", ""),
+    ],
+)
+def test_an_s3_prefix_is_served_where_the_operator_allows_it(text: str, kind: str) -> None:
+    expected = Source(SourceKind.S3, "s3://bucket/team/adapter")
+    policy = SourcePolicy((), ("hub:*", "s3:bucket/team/*"))
+    assert policy.requested(text, kind) == expected
+    assert str(expected) == "s3://bucket/team/adapter"
+    for patterns in (("hub:*",), ("s3:other/*",), ("s3:bucket/team",), ("hub:bucket/team/adapter",)):
+        with pytest.raises(AdapterNotFound, match="does not exist"):
+            SourcePolicy((), patterns).requested(text, kind)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket",
+        "s3://bucket/",
+        "s3://bucket/team/",
+        "s3://bucket//adapter",
+        "s3://bucket/team/../adapter",
+        "s3://bucket/./adapter",
+        "s3://bucket/adapter?versionId=1",
+        "s3://bucket/adapter%2e%2e",
+        "s3://Bucket/adapter",
+        "s3://b/adapter",
+        "s3://user@bucket/adapter",
+        "s3://bucket/ad apter",
+        "s3:///adapter",
+    ],
+)
+def test_what_is_no_s3_prefix_is_not_found(text: str) -> None:
+    with pytest.raises(AdapterNotFound):
+        SourcePolicy((), ("s3:*",)).requested(text)
+    with pytest.raises(ValueError, match="neither"):
+        trusted_source(text)
 
 
 def test_the_operator_may_name_any_directory(root: Path) -> None:
     outside = root.parent / "outside"
     assert trusted_source(str(outside)) == Source(SourceKind.LOCAL, str(outside))
+    assert trusted_source(str(outside)).root == ""
     assert trusted_source("org/name@main") == Source(SourceKind.HUB, "org/name", "main")
-    for text in ("/missing/directory", "local:/missing", "name", "s3://b/k"):
+    assert trusted_source("org/name/ref") == Source(SourceKind.HUB, "org/name", subfolder="ref")
+    assert trusted_source("s3://bucket/key") == Source(SourceKind.S3, "s3://bucket/key")
+    for text in ("/missing/directory", "local:/missing", "name", "org/name/../x"):
         with pytest.raises(ValueError, match="neither"):
             trusted_source(text)
 

@@ -167,8 +167,8 @@ def test_truncation_and_padding_of_the_file_are_off():
     library = byte_level_library_tokenizer()
     library.enable_truncation(2)
     library.enable_padding(length=50)
-    assert len(wrap(library)._encode("hello world", True)) > 2
-    assert len(wrap(library)._encode("hello", True)) < 50
+    assert len(wrap(library).vocabulary.encode("hello world", add_special_tokens=True)) > 2
+    assert len(wrap(library).vocabulary.encode("hello", add_special_tokens=True)) < 50
 
 
 def test_fewest_tokens_is_a_lower_bound():
