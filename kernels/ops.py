@@ -1,8 +1,14 @@
 """The operator contract: how rows of a batch find their adapters, and what a backend computes.
 
-For token row t with entries (slot s, weight w), at a site whose linears share one input:
+For token row t with entries (slot s, weight w), at a site whose linears share one input, each entry in
+turn and for each part i of s, with y over that part's columns o_i : o_i + out_i:
 
-    y[t, o_i : o_i + out_i] += sum over entries (s, w), over parts i of s:  w * (x[t] A_s,i^T) B_s,i
+    y[t] = k_s,i * y[t] + w * (c_s,i + (x[t] A_s,i^T) B_s,i)
+
+where the scale k (DoRA, IA3) is 1 and the shift c (biases) is 0 for plain LoRA. An adapter with a scale
+is never summed with another. At the embedding, A is indexed by the token instead of multiplied:
+
+    e[t] = k_s * e[t] + w * A_s[token[t]] B_s
 
 A *site* is a set of base linears that read the same input (q/k/v, gate/up, or a single one); their
 outputs lie side by side in y. An adapter need not cover every linear of a site.
@@ -50,7 +56,11 @@ class LoraPart:
     out_offset: int
     """First column of this linear's output in y."""
     b: torch.Tensor
-    """[rank, out], contiguous, the adapter's scale folded in."""
+    """[rank, out], contiguous, alpha over rank folded in. Rank 0 where only scale or shift apply."""
+    scale: torch.Tensor | None = None
+    """[out] fp32: multiplies the base's output."""
+    shift: torch.Tensor | None = None
+    """[out] fp32: added, times the entry's weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +76,27 @@ SiteTable = Mapping[int, LoraWeights]
 """Slot to weights at one site. A slot whose adapter leaves the site alone is absent."""
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingLora:
+    """One adapter at the embedding, at its true rank."""
+
+    a: torch.Tensor
+    """[vocabulary, rank], contiguous: a row for each token id."""
+    b: torch.Tensor
+    """[rank, hidden], contiguous, alpha over rank folded in."""
+    scale: torch.Tensor | None = None
+    """[hidden] fp32: multiplies the base's embedding."""
+
+
+EmbeddingTable = Mapping[int, EmbeddingLora]
+"""Slot to weights at an embedding."""
+
+
 class LoraOps(Protocol):
     """A backend. Stateless as seen from outside; one instance serves every site of a model."""
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, routing: Routing, table: SiteTable) -> None:
-        """Add every row's adapter delta to `y` in place.
+        """Apply every row's adapters to `y` in place.
 
         Args:
             y: [rows, sum of the site's outputs], the base's output, any float dtype.
@@ -79,6 +105,19 @@ class LoraOps(Protocol):
             table: the site's resident adapters.
 
         Accumulates in fp32 and casts once. A row's result does not depend on the other rows' adapters.
+        """
+        ...
+
+    def add_embedding(
+        self, e: torch.Tensor, tokens: torch.Tensor, routing: Routing, table: EmbeddingTable
+    ) -> None:
+        """Apply every row's adapters to the embeddings `e` in place.
+
+        Args:
+            e: [rows, hidden], the base's embeddings, any float dtype.
+            tokens: [rows] int64. A token beyond an adapter's vocabulary gets nothing from its A and B.
+            routing: groups of these rows.
+            table: the adapters resident at this embedding.
         """
         ...
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 
 from ..proto import shard_pb2 as pb
 from .batch import Batch, Scored, build_batch
@@ -122,16 +123,24 @@ def _record(row: Row, sampled: Sampled, result: pb.StepResult) -> None:
 def _predictions(scored: Scored, logits: torch.Tensor) -> tuple[int, list[int], torch.Tensor]:
     """The prompt tokens whose predictions are at hand: first position, tokens, logits [tokens, vocab].
 
-    A chunk's last logits predict a token of the next chunk, so they are held back in the row.
+    A chunk's last logits predict a token of the next chunk, so they are held back in the row. How wide the
+    logits are depends on who else is in a step; a token that has no logit has the logit minus infinity.
     """
     row, end = scored.row, scored.start + scored.count
     first = scored.start + 1
     if row.held_logits is not None:
-        logits = torch.cat([row.held_logits[None], logits])
+        width = max(len(row.held_logits), logits.shape[1])
+        logits = torch.cat([_widen(row.held_logits[None], width), _widen(logits, width)])
         first = scored.start
     row.held_logits = logits[-1].clone()
     targets = row.tokens[first : min(end, row.prompt_length)]
-    return first, targets, logits[: len(targets)]
+    logits = logits[: len(targets)]
+    return first, targets, _widen(logits, max(targets, default=0) + 1)
+
+
+def _widen(logits: torch.Tensor, width: int) -> torch.Tensor:
+    """Logits [rows, at least `width`]."""
+    return F.pad(logits, (0, max(0, width - logits.shape[1])), value=-torch.inf)
 
 
 def _logprobs_proto(line: TokenLogprobs) -> pb.TokenLogprobs:

@@ -1,4 +1,4 @@
-"""The base's linears with adapter deltas, grouped into sites that share one input."""
+"""The base's linears with what adapters change in them, grouped into sites that share one input."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.ops import LoraOps, Routing, SiteTable
-
-
-class RoutingSource(Protocol):
-    """Where a site finds the routing of the rows it is about to see."""
-
-    @property
-    def routing(self) -> Routing: ...
+from ..kernels.ops import LoraOps, LoraWeights, Routing
+from .adapters.weights import LinearWeights, ReplacedRows, SiteWeights
+from .sites import RoutingCell
 
 
 class BaseWeight(Protocol):
     """A site's base weight, however it is stored."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[out]."""
+        ...
+
+    @property
+    def out_features(self) -> int: ...
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] -> [rows, out], bias added, in x's dtype."""
@@ -54,27 +57,45 @@ class DenseWeight:
         return cls(weight, torch.cat(biases))
 
 
-class Site:
+class LinearSite:
     """Linears that share one input: one GEMM and one set of shrinks serve them all.
 
     The first member that is called with a new input computes every member's output; the others take
-    their columns of it. The output is dropped once every member has had its own.
+    their columns of it. The output is dropped once every member has had its own. What adapters bring is
+    kept in a table for each kind of change, so that a kind that no resident adapter uses costs nothing.
     """
 
-    def __init__(
-        self, weight: BaseWeight, members: int, ops: LoraOps, table: SiteTable, source: RoutingSource
-    ) -> None:
+    def __init__(self, weight: BaseWeight, members: int, ops: LoraOps, cell: RoutingCell) -> None:
         self._weight = weight
         self._members = members
         self._ops = ops
-        self._table = table
-        self._source = source
+        self._cell = cell
+        self._lora: dict[int, LoraWeights] = {}
+        self._input_scales: dict[int, torch.Tensor] = {}
+        self._rows: dict[int, tuple[ReplacedRows, ...]] = {}
         self._x: torch.Tensor | None = None
         self._y: torch.Tensor | None = None
         self._served = 0
 
+    def put(self, slot: int, weights: SiteWeights) -> None:
+        """Keep one adapter's LinearWeights."""
+        assert isinstance(weights, LinearWeights)
+        if weights.lora is not None:
+            self._lora[slot] = weights.lora
+        if weights.input_scale is not None:
+            self._input_scales[slot] = weights.input_scale
+        if weights.rows:
+            self._rows[slot] = weights.rows
+
+    def drop(self, slot: int) -> None:
+        """Forget a slot, if it is known."""
+        for table in (self._lora, self._input_scales, self._rows):
+            table.pop(slot, None)
+
     def output(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., sum of the members' outputs]."""
+        if self._members == 1:
+            return self._compute(x)
         if self._x is not x or self._y is None:
             self._x, self._y, self._served = x, self._compute(x), 0
         y = self._y
@@ -85,22 +106,74 @@ class Site:
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = self._weight.apply(rows)
-        routing = self._source.routing
-        if routing.groups and self._table:
-            self._ops.add_lora(y, rows, routing, self._table)
+        routing = self._cell.routing
+        y = self._apply(rows, routing) if routing.groups else self._weight.apply(rows)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """x [rows, in] -> [rows, out], with every row's adapters."""
+        inputs = self._scale_input(x, routing) if self._input_scales else x
+        y = self._base_output(inputs, routing)
+        if self._rows:
+            self._replace_rows(y, inputs, routing)
+        if self._lora:
+            self._ops.add_lora(y, x, routing, self._lora)
+        return y
+
+    def _base_output(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """What the base makes of x [rows, in], with room for every column that these rows' adapters bring."""
+        return self._weight.apply(x)
+
+    def _scale_input(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """A copy of x in which the rows of adapters with an input scale are multiplied by it."""
+        x = x.clone()
+        for group in routing.groups:
+            for slot, _ in group.entries:
+                if slot in self._input_scales:
+                    x[group.rows] = (x[group.rows].float() * self._input_scales[slot]).to(x.dtype)
+        return x
+
+    def _replace_rows(self, y: torch.Tensor, inputs: torch.Tensor, routing: Routing) -> None:
+        """Compute the columns of `y` whose weights an adapter brings, for that adapter's rows, in place."""
+        for group in routing.groups:
+            for slot, _ in group.entries:
+                for own in self._rows.get(slot, ()):
+                    new = F.linear(inputs[group.rows], own.weight, self._own_bias(own))
+                    y[_block(group.rows, own)] = new
+
+    def _own_bias(self, own: ReplacedRows) -> torch.Tensor | None:
+        """[n]: the bias of replaced rows; where they bring none, the base's, and 0 beyond its last row."""
+        base = self._weight.bias
+        if own.bias is not None or base is None:
+            return own.bias
+        if own.ids is None:
+            columns = torch.arange(len(own.weight), device=base.device) + own.out_offset
+        else:
+            columns = own.ids + own.out_offset
+        return base[columns.clamp(max=len(base) - 1)] * (columns < len(base))
+
+
+def _block(
+    rows: slice | torch.Tensor, own: ReplacedRows
+) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
+    """The index of these rows' replaced columns in a site's output."""
+    if own.ids is None:
+        return rows, slice(own.out_offset, own.out_offset + len(own.weight))
+    columns = own.ids + own.out_offset
+    return (rows[:, None] if isinstance(rows, torch.Tensor) else rows), columns
 
 
 class SiteLinear(nn.Module):
     """Stands where one linear of the base stood: its columns of the site's output."""
 
-    def __init__(self, site: Site, out_offset: int, out_features: int, weight: torch.Tensor | None) -> None:
-        """`weight` stays visible where it is tied to another module's and for code that reads its dtype."""
+    def __init__(self, site: LinearSite, columns: slice | None, weight: torch.Tensor | None) -> None:
+        """`columns`: None where it is the site's only linear. `weight` stays visible where it is tied to
+        another module's and for code that reads its dtype."""
         super().__init__()
         self._site = site
-        self._columns = slice(out_offset, out_offset + out_features)
+        self._columns = columns
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._site.output(x)[..., self._columns]
+        y = self._site.output(x)
+        return y if self._columns is None else y[..., self._columns]

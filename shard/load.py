@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM
 
 from ..kernels.load import load as load_ops
-from ..kernels.ops import LoraWeights
 from ..proto import shard_pb2 as pb
 from . import device as devices
 from . import gate
+from .adapters.base_tensors import BaseTensors
 from .adapters.layout import AdapterLayout
+from .adapters.pool import Site
 from .config import ShardConfig
 from .errors import ModelRefused
 from .kv import KvCache, block_bytes
@@ -38,7 +40,9 @@ class LoadedModel:
 
     model: StepModel
     kv: KvCache
-    tables: list[dict[int, LoraWeights]]
+    sites: Sequence[Site]
+    """The places in the model that adapters change, by number."""
+    base: BaseTensors
     layout: AdapterLayout
     tokenizer: pb.TokenizerReply
     device: torch.device
@@ -69,13 +73,13 @@ def load_model(config: ShardConfig) -> LoadedModel:
     kv = KvCache(
         observed.layers, blocks=blocks, block_size=config.block_size, dtype=model.dtype, device=device
     )
-    tables: list[dict[int, LoraWeights]] = []
-    special = specialise(model, observed, kv=kv, ops=ops, tables=tables, max_rank=config.max_rank)
+    special = specialise(model, observed, kv=kv, ops=ops, max_rank=config.max_rank)
     gate.check_packed(special.model, reference, block_size=config.block_size, device=device)
     return LoadedModel(
         model=special.model,
         kv=kv,
-        tables=tables,
+        sites=special.sites,
+        base=BaseTensors(special.parameters),
         layout=special.layout,
         tokenizer=tokenizer_reply(str(directory), model),
         device=device,

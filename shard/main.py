@@ -19,6 +19,7 @@ from .. import __version__
 from ..proto import shard_pb2 as pb
 from ..proto import shard_pb2_grpc
 from .adapters.host_cache import HostCache
+from .adapters.own_tokenizer import BaseText
 from .adapters.pool import AdapterPool
 from .adapters.store import AdapterStore
 from .adapters.worker import AdapterWorker
@@ -78,7 +79,9 @@ async def _serve(config: ShardConfig, loaded: LoadedModel) -> int:
     _stop_on_signals(finish)
     thread = DeviceThread()
     thread.start()
-    store = AdapterStore(AdapterWorker(loaded.layout), HostCache(config.host_adapter_memory))
+    text = BaseText(loaded.tokenizer.tokenizer_json, loaded.tokenizer.chat_template)
+    worker = AdapterWorker(loaded.layout, loaded.base, text)
+    store = AdapterStore(worker, HostCache(config.host_adapter_memory))
     service = _wire(config, loaded, thread, store, lambda reason: finish(EXIT_FATAL, reason))
     health = health_aio.HealthServicer()
     server = _build_server(service, health)
@@ -110,7 +113,7 @@ def _wire(
 ) -> ShardService:
     """The service and, behind it, what the device thread works on."""
     pool = AdapterPool(
-        loaded.tables, slots=config.max_adapters, budget=config.adapter_memory, device=loaded.device
+        loaded.sites, slots=config.max_adapters, budget=config.adapter_memory, device=loaded.device
     )
     engine = StepEngine(
         loaded.model,

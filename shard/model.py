@@ -2,56 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..kernels.ops import LoraOps, LoraWeights, Routing
-from .adapters.digest import weight_digest
-from .adapters.layout import AdapterLayout, BaseWeight, Target
+from ..kernels.ops import LoraOps, Routing
+from .adapters.layout import AdapterLayout
+from .adapters.pool import Site
 from .attention import NAME, PagedAttention, register
 from .batch import Batch
+from .embedding import add_embedding_site
+from .experts import add_expert_sites
+from .head import HeadSite
 from .kv import KvCache
-from .linear import DenseWeight, Site, SiteLinear
-from .trace import LinearCall, Trace
+from .linear_sites import add_linear_sites
+from .routers import add_router_sites
+from .saved_modules import add_module_sites
+from .sites import ModelSites, RoutingCell, SiteBuilder, SiteContext
+from .trace import Trace
+
+SITE_BUILDERS: tuple[SiteBuilder, ...] = (
+    add_linear_sites,
+    add_embedding_site,
+    add_module_sites,
+    add_expert_sites,
+    add_router_sites,
+)
+"""Every kind of place that adapters change."""
 
 
 class StepModel(Protocol):
     """What the engine runs a step on."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [L, vocab] of the batch's logit rows; writes the batch's keys and values to the cache."""
+        """Logits [L, vocab] of the batch's logit rows; writes the batch's keys and values to the cache.
+
+        `vocab` is the largest of these rows' vocabularies; beyond its own, a row's logits are minus infinity.
+        """
         ...
 
 
-@dataclass(slots=True)
-class RoutingCell:
-    """The routing of the rows that a set of sites sees in this step; set before each forward pass."""
-
-    routing: Routing
-
-
 class CausalModel:
-    """The base with its linears replaced by sites and its attention by the paged one.
+    """The base with sites in the places that adapters change, and its attention replaced by the paged one.
 
-    Owns the model; reads the adapter tables, which the pool writes between steps.
+    Owns the model; the pool changes what its sites hold between steps.
     """
 
     def __init__(
-        self, model: nn.Module, attention: PagedAttention, cells: tuple[RoutingCell, RoutingCell]
+        self, model: nn.Module, attention: PagedAttention, context: SiteContext, head: HeadSite | None
     ) -> None:
+        """`head`: the site of the model's output head, where it has one."""
         self._model = model
         self._attention = attention
-        self._token_cell, self._logit_cell = cells
+        self._context = context
+        self._head = head
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        self._token_cell.routing = batch.token_routing
-        self._logit_cell.routing = batch.logit_routing
+        self._context.tokens.routing = batch.token_routing
+        self._context.logits.routing = batch.logit_routing
         self._attention.begin(batch)
         output = self._model(
             input_ids=batch.token_ids[None],
@@ -60,16 +72,8 @@ class CausalModel:
             logits_to_keep=batch.logit_rows,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits
-
-
-def group_sites(calls: Sequence[LinearCall]) -> list[list[LinearCall]]:
-    """Linears of one parent module that were called with the very same input, in calling order."""
-    sites: dict[tuple[str, int], list[LinearCall]] = {}
-    for call in calls:
-        parent = call.name.rpartition(".")[0]
-        sites.setdefault((parent, call.input_id), []).append(call)
-    return list(sites.values())
+        # Only now: some models cap their logits softly, which would turn minus infinity into a number.
+        return logits if self._head is None else self._head.mask(logits, batch.logit_routing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,80 +82,41 @@ class Specialised:
 
     model: CausalModel
     layout: AdapterLayout
+    sites: Sequence[Site]
+    """In the order of the layout's numbers, all empty."""
+    parameters: Mapping[str, torch.Tensor]
+    """The base's weights in these places by path, as `BaseWeights.read` describes them."""
 
 
-def specialise(
-    model: nn.Module,
-    trace: Trace,
-    *,
-    kv: KvCache,
-    ops: LoraOps,
-    tables: list[dict[int, LoraWeights]],
-    max_rank: int,
-) -> Specialised:
-    """Replace every traced linear of `model` by its columns of a site, and its attention by the paged one.
+def specialise(model: nn.Module, trace: Trace, *, kv: KvCache, ops: LoraOps, max_rank: int) -> Specialised:
+    """Put a site into every place that adapters can change, and the paged attention into its place.
 
-    Changes `model` in place and fills `tables` with one empty slot table for each site, in site order.
+    Changes `model` in place.
     """
-    heads = _saved_copies(model, trace)
-    attention = PagedAttention(kv)
     nothing = Routing((), ())
-    tokens, logits = RoutingCell(nothing), RoutingCell(nothing)
-    targets: list[Target] = []
-    for index, members in enumerate(group_sites(trace.linears)):
-        tables.append({})
-        modules = [model.get_submodule(call.name) for call in members]
-        weights = [_dense(module) for module in modules]
-        source = logits if members[0].on_logits else tokens
-        site = Site(DenseWeight.stack(weights), len(members), ops, tables[-1], source)
-        targets += _replace(model, index, [call.name for call in members], modules, site)
+    context = SiteContext(ops, RoutingCell(nothing), RoutingCell(nothing))
+    found = ModelSites()
+    for build in SITE_BUILDERS:
+        build(model, trace, context, found)
+    attention = PagedAttention(kv)
     register(attention.forward)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    layout = AdapterLayout(tuple(targets), _other_modules(model, targets), dtype, max_rank, heads)
-    return Specialised(CausalModel(model, attention, (tokens, logits)), layout)
+    layout = AdapterLayout(
+        linears=tuple(found.linears),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        max_rank=max_rank,
+        embeddings=tuple(found.embeddings),
+        modules=tuple(found.modules),
+        experts=tuple(found.experts),
+        other_modules=_other_modules(model, found.names),
+        tied_embeddings=any(target.tied_to for target in found.linears),
+    )
+    head = next((site for site in found.sites if isinstance(site, HeadSite)), None)
+    return Specialised(CausalModel(model, attention, context, head), layout, found.sites, found.parameters)
 
 
-def _replace(
-    model: nn.Module, index: int, names: Sequence[str], modules: Sequence[nn.Module], site: Site
-) -> list[Target]:
-    """Put a site's columns in the places of its linears; answers what adapters may change there."""
-    targets, offset = [], 0
-    for name, module in zip(names, modules, strict=True):
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        transposed = isinstance(module, Conv1D)
-        out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-        kept = weight if len(names) == 1 and not transposed else None
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SiteLinear(site, offset, out_features, kept))
-        targets.append(Target(name, index, in_features, out_features, offset, transposed))
-        offset += out_features
-    return targets
-
-
-def _saved_copies(model: nn.Module, trace: Trace) -> tuple[BaseWeight, ...]:
-    """The output head, of which PEFT saves a copy beside an adapter for it."""
-    copies = []
-    for call in trace.linears:
-        if call.on_logits:
-            weight = model.get_submodule(call.name).weight
-            assert isinstance(weight, torch.Tensor)
-            data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-            copies.append(BaseWeight(call.name, weight_digest(data.data)))
-    return tuple(copies)
-
-
-def _dense(module: nn.Module) -> DenseWeight:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, torch.Tensor)
-    data = weight.data.t().contiguous() if isinstance(module, Conv1D) else weight.data
-    return DenseWeight(data, bias.data if isinstance(bias, torch.Tensor) else None)
-
-
-def _other_modules(model: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-    """Modules that hold weights of their own and are no target: embeddings, norms, experts."""
-    served = {target.name for target in targets}
+def _other_modules(model: nn.Module, served: set[str]) -> tuple[str, ...]:
+    """Modules that hold weights of their own and that no adapter can change."""
     return tuple(
         name
         for name, module in model.named_modules()

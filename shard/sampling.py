@@ -242,7 +242,7 @@ def _penalise_repetition(logits: torch.Tensor, rows: Sequence[SampleRow]) -> Non
     active = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
     if not active:
         return
-    histories = [_ids(rows[i].prompt_tokens, rows[i].output_tokens) for i in active]
+    histories = [_ids(logits, rows[i].prompt_tokens, rows[i].output_tokens) for i in active]
     at_row, at_token = _positions(logits, active, histories)
     penalties = [rows[i].sampling.repetition_penalty for i in active]
     penalty = torch.tensor(np.repeat(penalties, [len(each) for each in histories])).to(logits)
@@ -255,7 +255,8 @@ def _penalise_output(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     active = [i for i, row in enumerate(rows) if row.sampling.penalises_output]
     if not active:
         return
-    at_row, at_token = _positions(logits, range(len(active)), [_ids(rows[i].output_tokens) for i in active])
+    histories = [_ids(logits, rows[i].output_tokens) for i in active]
+    at_row, at_token = _positions(logits, range(len(active)), histories)
     counts = torch.zeros(len(active), logits.shape[1], device=logits.device)
     counts.index_put_((at_row, at_token), torch.ones_like(at_row, dtype=counts.dtype), accumulate=True)
     presence = _column(logits, [rows[i].sampling.presence_penalty for i in active])
@@ -263,8 +264,10 @@ def _penalise_output(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     logits[active] -= counts * frequency + (counts > 0) * presence
 
 
-def _ids(*histories: Sequence[int]) -> _Ids:
-    return np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in histories])
+def _ids(logits: torch.Tensor, *histories: Sequence[int]) -> _Ids:
+    """The tokens that have a logit: an adapter may bring embeddings for more."""
+    tokens = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
+    return tokens[tokens < logits.shape[1]]
 
 
 def _positions(

@@ -16,7 +16,9 @@ from grpc_status import rpc_status
 from ..proto import shard_pb2 as pb
 from ..proto import shard_pb2_grpc
 from .adapters.manifest import AdapterManifest, AdapterRequest, Source
+from .adapters.own_tokenizer import OwnTokenizer
 from .adapters.pool import AdapterPool
+from .adapters.recipe import MergePart, MergeRequest, merge_recipe
 from .adapters.store import AdapterStore
 from .device import DeviceThread
 from .errors import AdapterRejected, ShardError
@@ -28,6 +30,7 @@ SOURCES = {
     pb.DownloadAdapterRequest.HUB: Source.HUB,
     pb.DownloadAdapterRequest.LOCAL: Source.LOCAL,
     pb.DownloadAdapterRequest.S3: Source.S3,
+    pb.DownloadAdapterRequest.MERGED: Source.MERGED,
 }
 
 Context = grpc.aio.ServicerContext[object, object]
@@ -63,9 +66,13 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         return self._info
 
     async def Tokenizer(self, request: pb.TokenizerRequest, context: Context) -> pb.TokenizerReply:
-        if request.adapter_digest:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "adapters' own tokenizers are not served yet")
-        return self._tokenizer
+        if not request.adapter_digest:
+            return self._tokenizer
+        try:
+            own = await self._store.own_tokenizer(request.adapter_digest)
+        except ShardError as error:
+            await abort(context, error)
+        return _tokenizer_proto(own)
 
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: Context
@@ -166,6 +173,33 @@ def _adapter_request(request: pb.DownloadAdapterRequest) -> AdapterRequest:
         revision=request.revision,
         token=request.token,
         expect_digest=request.expect_digest,
+        subfolder=request.subfolder,
+        root=request.root,
+        merge=_merge_request(request.id, request.merge) if request.HasField("merge") else None,
+    )
+
+
+def _merge_request(name: str, merge: pb.MergeRecipe) -> MergeRequest:
+    try:
+        recipe = merge_recipe(
+            merge.method,
+            density=merge.density if merge.HasField("density") else None,
+            majority_sign_method=merge.majority_sign_method,
+            seed=merge.seed,
+            rank=merge.rank,
+        )
+    except AdapterRejected as error:
+        raise AdapterRejected(f"adapter {name!r}: {error}") from error
+    return MergeRequest(tuple(MergePart(part.digest, part.weight) for part in merge.parts), recipe)
+
+
+def _tokenizer_proto(own: OwnTokenizer) -> pb.TokenizerReply:
+    return pb.TokenizerReply(
+        tokenizer_json=own.tokenizer_json,
+        chat_template=own.chat_template,
+        special_tokens=own.special_tokens,
+        stop_ids=own.stop_ids,
+        bos_id=own.bos_id,
     )
 
 
@@ -176,7 +210,12 @@ def _manifest_proto(manifest: AdapterManifest) -> pb.AdapterManifest:
         rank_bytes=manifest.rank_bytes,
         max_rank=manifest.max_rank,
         modules=manifest.modules,
-        warnings=manifest.warnings,
+        warnings=manifest.traits.warnings,
+        kind=manifest.traits.kind,
+        alone=manifest.traits.alone,
+        owns=manifest.traits.owns,
+        invocation_tokens=manifest.traits.invocation_tokens,
+        vocab_size=manifest.traits.vocab_size,
         own_tokenizer=manifest.own_tokenizer,
         own_chat_template=manifest.own_chat_template,
     )

@@ -1,37 +1,49 @@
-"""One observed forward pass: which linears a model calls, with which inputs, and what attention stores."""
+"""One observed forward pass: which modules a model calls, with which inputs, and what attention stores."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .attention import NAME, Options, register
 from .errors import ModelRefused
 from .kv import LayerShape
 
-TOKENS = 3
+TOKENS = 11
+"""No usual number of heads: the axis of this size is the axis of tokens."""
 LOGITS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class LinearCall:
-    """One linear, called once on all tokens (or, `on_logits`, on the tokens whose logits are wanted)."""
+class ModuleCall:
+    """A module with parameters of its own, called once, with a tensor as its first argument."""
 
     name: str
     input_id: int
-    """Equal for linears that were given the very same tensor."""
-    on_logits: bool
+    """Equal for modules that were given the very same tensor."""
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    """Empty where the output is no tensor."""
+    is_plain: bool
+    """That tensor was the only argument."""
+
+    @property
+    def input_rows(self) -> int:
+        """Vectors in the input."""
+        return math.prod(self.input_shape[:-1])
 
 
 @dataclass(slots=True)
 class Trace:
     """What `trace` saw."""
 
-    linears: list[LinearCall] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    """In the order in which they ended."""
     layers: dict[int, LayerShape] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
     """Sliding window of each attention layer, as passed to the attention function."""
@@ -43,18 +55,22 @@ class _Observer:
     def __init__(self) -> None:
         self.trace = Trace()
         self._inputs: list[torch.Tensor] = []
-        self._calls: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
 
-    def linear_hook(self, name: str) -> Any:
-        def before_forward(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._calls[name] = self._calls.get(name, 0) + 1
+    def hook(self, name: str) -> Any:
+        def after_forward(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            self._counts[name] += 1
+            if not args or not isinstance(args[0], torch.Tensor):
+                return
             x = args[0]
-            rows = x.numel() // x.shape[-1]
-            if rows in (TOKENS, LOGITS):
-                self._inputs.append(x)
-                self.trace.linears.append(LinearCall(name, id(x), rows == LOGITS))
+            self._inputs.append(x)
+            shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+            is_plain = len(args) == 1 and not kwargs
+            self.trace.calls.append(ModuleCall(name, id(x), tuple(x.shape), shape, is_plain))
 
-        return before_forward
+        return after_forward
 
     def attention(
         self,
@@ -72,8 +88,8 @@ class _Observer:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
     def finish(self) -> Trace:
-        """Drop linears that ran more than once: their rows are not the batch's rows."""
-        self.trace.linears = [call for call in self.trace.linears if self._calls[call.name] == 1]
+        """Drop modules that ran more than once: their rows are not the batch's rows."""
+        self.trace.calls = [call for call in self.trace.calls if self._counts[call.name] == 1]
         if not self.trace.layers:
             raise ModelRefused("this model's attention does not go through transformers' AttentionInterface")
         return self.trace
@@ -81,15 +97,15 @@ class _Observer:
 
 @torch.inference_mode()
 def trace(model: nn.Module) -> Trace:
-    """Run `model` once on three tokens, two of them with logits, and report what it called.
+    """Run `model` once on TOKENS tokens, LOGITS of them with logits, and report what it called.
 
     Leaves the model with its attention set to NAME; `specialise` or the caller sets it from there.
     """
     observer = _Observer()
     hooks = [
-        module.register_forward_pre_hook(observer.linear_hook(name))
+        module.register_forward_hook(observer.hook(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
+        if next(module.parameters(recurse=False), None) is not None
     ]
     register(observer.attention)
     model.set_attn_implementation(NAME)  # type: ignore[operator]

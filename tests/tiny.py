@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 300
@@ -74,6 +75,9 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
         eos_token_id=299,
     ),
     "mixtral": _config(MixtralConfig, num_local_experts=4),
+    "qwen3_moe": _config(
+        Qwen3MoeConfig, head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40
+    ),
     "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
     "lfm2": _config(Lfm2Config, layer_types=["conv", "full_attention", "conv"]),
     "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2),

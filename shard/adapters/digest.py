@@ -1,4 +1,4 @@
-"""Content digests: the version of an adapter, and the identity of a base weight that an adapter repeats."""
+"""Content digests: the version of an adapter."""
 
 from __future__ import annotations
 
@@ -11,8 +11,3 @@ def adapter_digest(config: bytes, weights: memoryview) -> str:
     """SHA-256 over the bytes of the config and of the weights file, as 64 hex digits."""
     parts = hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()
     return hashlib.sha256(_DOMAIN + parts).hexdigest()
-
-
-def weight_digest(data: bytes | memoryview) -> str:
-    """SHA-256 of a weight's bytes, row-major [out, in], in the layout's dtype."""
-    return hashlib.sha256(data).hexdigest()

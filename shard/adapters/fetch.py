@@ -2,64 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import AdapterNotFound, AdapterRejected
-from .files import CHAT_TEMPLATE, TOKENIZER, FileLimits, is_regular
+from huggingface_hub import constants
+
+from ..errors import AdapterRejected
+from .directory_cache import DirectoryCache
+from .files import FileLimits
 from .hub import HubFetcher
-from .manifest import AdapterRequest, Source
+from .local import local_directory
+from .manifest import AdapterRequest, Snapshot, Source
+from .merged import MergedAdapters
 from .progress import OnProgress, ProgressMeter
+from .recipe import PartPlace
 from .retry import RetryPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """An adapter on disk."""
-
-    directory: Path
-    revision: str
-    """The commit, where the source has one."""
-    warnings: tuple[str, ...]
-    own_tokenizer: bool
-    own_chat_template: bool
+from .s3 import S3Fetcher
 
 
 class Fetcher:
     """Resolves every kind of source."""
 
     def __init__(self, limits: FileLimits, retry: RetryPolicy) -> None:
+        home = Path(constants.HF_HOME) / "loraplex"
         self._hub = HubFetcher(limits, retry)
+        self._s3 = S3Fetcher(limits, retry, DirectoryCache(home / "s3"))
+        self._merged = MergedAdapters(limits, DirectoryCache(home / "merged"))
 
-    def fetch(self, request: AdapterRequest, on_progress: OnProgress) -> Fetched:
-        """Bring the adapter to disk, blocking.
+    def fetch(
+        self, request: AdapterRequest, on_progress: OnProgress, parts: Sequence[PartPlace] = ()
+    ) -> Snapshot:
+        """Bring the adapter to disk, blocking. `parts`: where those lie that a merged one is made of.
 
         `on_progress` is called at most ten times a second, and once for each file.
 
         Raises AdapterNotFound, AdapterRejected or AdapterFetchFailed.
         """
+        if request.subfolder and request.source is not Source.HUB:
+            raise AdapterRejected("only hub repositories have sub-folders; name the folder itself")
+        meter = ProgressMeter(on_progress)
         match request.source:
             case Source.LOCAL:
-                return _describe(_local_directory(request.id), "")
+                return Snapshot(local_directory(request.id, request.root))
             case Source.HUB:
-                meter = ProgressMeter(on_progress)
-                snapshot = self._hub.fetch(request.id, request.revision, request.token, meter)
-                return _describe(snapshot.directory, snapshot.commit, snapshot.warnings)
+                return self._hub.fetch(request, meter)
             case Source.S3:
-                raise AdapterRejected("s3 sources are not served yet; copy it to the hub or to a directory")
-
-
-def _local_directory(path: str) -> Path:
-    if "\0" in path or not Path(path).is_dir():
-        raise AdapterNotFound("there is no such directory on this host")
-    return Path(path).resolve()
-
-
-def _describe(directory: Path, revision: str, warnings: tuple[str, ...] = ()) -> Fetched:
-    return Fetched(
-        directory=directory,
-        revision=revision,
-        warnings=warnings,
-        own_tokenizer=is_regular(directory / TOKENIZER),
-        own_chat_template=is_regular(directory / CHAT_TEMPLATE),
-    )
+                return self._s3.fetch(request, meter)
+            case Source.MERGED:
+                if request.merge is None:
+                    raise AdapterRejected("it is to be merged, but nothing says of what")
+                return Snapshot(self._merged.fetch(request.merge, parts, meter))

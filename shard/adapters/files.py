@@ -15,11 +15,20 @@ from ..errors import AdapterRejected
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
+WEIGHTS_NAMES = (WEIGHTS, MLX_WEIGHTS)
+"""What a weights file is called; where there are both, the first is used."""
 PICKLED_WEIGHTS = "adapter_model.bin"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-COMPANIONS = (TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE)
+COMPANIONS = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 """Files that an adapter may bring along."""
+
+PICKLE_REFUSED = (
+    f"it has only {PICKLED_WEIGHTS}, a pickle, which is never opened; "
+    "turn it into safetensors with `loraplex adapters convert`"
+)
 
 _CHUNK = 1024 * 1024
 
@@ -32,7 +41,27 @@ class FileLimits(msgspec.Struct, frozen=True):
     companion: int = 64 * 1024 * 1024
 
     def of(self, name: str) -> int:
-        return {CONFIG: self.config, WEIGHTS: self.weights}.get(name, self.companion)
+        if name in WEIGHTS_NAMES:
+            return self.weights
+        return self.config if name == CONFIG else self.companion
+
+    def check(self, name: str, size: int) -> None:
+        """Raises AdapterRejected where a file is too large to be fetched."""
+        if size > self.of(name):
+            raise AdapterRejected(f"{name} has {size} bytes; at most {self.of(name)} are fetched")
+
+
+def find_weights(directory: Path) -> Path:
+    """The weights file of an adapter's directory, under either of its names.
+
+    Raises AdapterRejected where there is none, or only a pickle.
+    """
+    for name in WEIGHTS_NAMES:
+        if os.path.lexists(directory / name):
+            return directory / name
+    if os.path.lexists(directory / PICKLED_WEIGHTS):
+        raise AdapterRejected(PICKLE_REFUSED)
+    raise AdapterRejected(f"there is no {WEIGHTS} in its directory")
 
 
 def open_regular(path: Path, limit: int) -> BufferedReader:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     FileMetadataError,
     HfHubHTTPError,
@@ -18,18 +17,20 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected, ShardError
 from .files import (
     COMPANIONS,
     CONFIG,
+    PICKLE_REFUSED,
     PICKLED_WEIGHTS,
     WEIGHTS,
+    WEIGHTS_NAMES,
     FileLimits,
-    file_sha256,
-    git_blob_id,
 )
+from .hub_cache import SHA256, CachedFolder, cache_of, matches
+from .local import refuse_parent
+from .manifest import AdapterRequest, Snapshot
 from .progress import ProgressMeter
 from .retry import RetryPolicy, TransientFailure, call_with_retry
 
@@ -38,8 +39,6 @@ Result = TypeVar("Result")
 # The HTTP library under huggingface_hub differs between its versions; its base error is this one's parent.
 _HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_ID = re.compile(r"[0-9a-f]{40}")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DENIED_STATUS = frozenset({401, 403, 404})
@@ -49,19 +48,11 @@ _DENIED_STATUS = frozenset({401, 403, 404})
 class RemoteFile:
     """A file as the hub lists it."""
 
-    name: str
+    path: str
+    """From the repository's top level."""
     size: int
     checksum: str
     """SHA-256 of a large file, git's blob id of a small one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A repository's adapter files in the cache, at one commit."""
-
-    directory: Path
-    commit: str
-    warnings: tuple[str, ...] = ()
 
 
 class HubFetcher:
@@ -71,36 +62,35 @@ class HubFetcher:
         self._limits = limits
         self._retry = retry
 
-    def fetch(self, repo: str, revision: str, token: str, meter: ProgressMeter) -> Snapshot:
-        """Download what is missing of `repo` at `revision` (empty: the default branch) and verify all of it.
+    def fetch(self, request: AdapterRequest, meter: ProgressMeter) -> Snapshot:
+        """Download what is missing of the repository's folder at the revision asked for; verify all of it.
 
         Raises AdapterNotFound where the hub denies it, AdapterRejected where it holds no adapter,
         AdapterFetchFailed where the hub does not deliver.
         """
-        if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-            raise AdapterNotFound(f"{revision[:100]!r} is not a revision")
-        cache = _cache_of(token)
+        folder = CachedFolder(cache_of(request.token), request.id, request.revision, request.subfolder)
         if constants.HF_HUB_OFFLINE:
-            return self._from_cache(cache, repo, revision, "the hub is switched off (HF_HUB_OFFLINE)")
+            return folder.snapshot("the hub is switched off (HF_HUB_OFFLINE)")
         try:
-            commit, listing = self._attempt(lambda: self._list(repo, revision, token))
+            commit, listing = self._attempt(lambda: self._list(folder, request.token))
         except AdapterFetchFailed as error:
             # What the operator's own token brought here may be served while the hub is away.
-            if token or not self._is_cached(cache, repo, revision):
+            if request.token or not folder.is_complete():
                 raise
-            return self._from_cache(cache, repo, revision, f"the hub could not be asked: {error}")
-        files = self._choose(listing)
+            return folder.snapshot(f"the hub could not be asked: {error}")
+        pinned = replace(folder, revision=commit)
+        files = self._choose(folder, listing)
         meter.total = sum(file.size for file in files)
         for file in files:
-            self._bring(cache, repo, commit, token, file, meter)
-        _remember_ref(cache, repo, revision, commit)
-        return Snapshot(_cached_file(cache, repo, commit, CONFIG).parent, commit)
+            self._bring(pinned, file, request.token, meter)
+        folder.remember(commit)
+        return Snapshot(pinned.directory(), commit)
 
-    def _list(self, repo: str, revision: str, token: str) -> tuple[str, list[RemoteFile]]:
-        """Ask the hub for the commit that `revision` means now, and for its files."""
+    def _list(self, folder: CachedFolder, token: str) -> tuple[str, list[RemoteFile]]:
+        """Ask the hub for the commit that the revision means now, and for the repository's files."""
         info = HfApi().model_info(
-            repo,
-            revision=revision or None,
+            folder.repo,
+            revision=folder.revision or None,
             files_metadata=True,
             token=token or None,
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
@@ -109,35 +99,31 @@ class HubFetcher:
             raise AdapterFetchFailed("the hub did not say which commit this is")
         return info.sha, [_remote_file(sibling) for sibling in info.siblings or []]
 
-    def _choose(self, listing: list[RemoteFile]) -> list[RemoteFile]:
-        by_name = {file.name: file for file in listing}
-        for required in (CONFIG, WEIGHTS):
-            if required not in by_name:
-                remedy = "; save it as safetensors" if PICKLED_WEIGHTS in by_name else ""
-                raise AdapterRejected(f"the repository has no {required} at its top level{remedy}")
-        files = [by_name[name] for name in (CONFIG, WEIGHTS, *COMPANIONS) if name in by_name]
-        for file in files:
-            if file.size > self._limits.of(file.name):
-                raise AdapterRejected(
-                    f"{file.name} has {file.size} bytes; at most {self._limits.of(file.name)} are fetched"
-                )
-            if not _SHA256.fullmatch(file.checksum) and not _GIT_ID.fullmatch(file.checksum):
-                raise AdapterFetchFailed(f"the hub gives no checksum for {file.name}")
-        return files
+    def _choose(self, folder: CachedFolder, listing: list[RemoteFile]) -> list[RemoteFile]:
+        """The adapter's files in the folder: config, weights and companions."""
+        prefix = folder.path("")
+        inside = {file.path.removeprefix(prefix): file for file in listing if file.path.startswith(prefix)}
+        if folder.subfolder and not inside:
+            raise AdapterNotFound(f"the repository has no folder {folder.subfolder!r} at this revision")
+        names = [CONFIG, _weights_name(folder, inside), *(name for name in COMPANIONS if name in inside)]
+        for name in names:
+            self._limits.check(name, inside[name].size)
+            checksum = inside[name].checksum
+            if not SHA256.fullmatch(checksum) and not _GIT_ID.fullmatch(checksum):
+                raise AdapterFetchFailed(f"the hub gives no checksum for {name}")
+        return [inside[name] for name in names]
 
-    def _bring(
-        self, cache: Path, repo: str, commit: str, token: str, file: RemoteFile, meter: ProgressMeter
-    ) -> None:
+    def _bring(self, folder: CachedFolder, file: RemoteFile, token: str, meter: ProgressMeter) -> None:
         """Have one verified file in the cache. A damaged one is deleted and fetched once more."""
 
         def download() -> Path:
             meter.restart_file()
             return Path(
                 hf_hub_download(
-                    repo,
-                    file.name,
-                    revision=commit,
-                    cache_dir=cache,
+                    folder.repo,
+                    file.path,
+                    revision=folder.revision,
+                    cache_dir=folder.cache,
                     token=token or None,
                     tqdm_class=_progress_class(meter),
                 )
@@ -145,13 +131,13 @@ class HubFetcher:
 
         for _ in range(2):
             path = self._attempt(download)
-            if _matches(path, file.checksum):
+            if matches(path, file.checksum):
                 meter.finish_file(file.size)
                 return
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise AdapterFetchFailed(
-            f"{file.name} arrived damaged twice: its checksum is not the one the hub lists"
+            f"{path.name} arrived damaged twice: its checksum is not the one the hub lists"
         )
 
     def _attempt(self, operation: Callable[[], Result]) -> Result:
@@ -167,65 +153,25 @@ class HubFetcher:
 
         return call_with_retry(translated, self._retry)
 
-    def _is_cached(self, cache: Path, repo: str, revision: str) -> bool:
-        return all(_find_cached(cache, repo, revision, name) for name in (CONFIG, WEIGHTS))
 
-    def _from_cache(self, cache: Path, repo: str, revision: str, why: str) -> Snapshot:
-        """The copy on disk, verified by the checksums that name its blobs."""
-        for name in (CONFIG, WEIGHTS, *COMPANIONS):
-            path = _find_cached(cache, repo, revision, name)
-            if path is None and name in (CONFIG, WEIGHTS):
-                raise AdapterNotFound(f"it is not on disk at this revision, and {why}")
-            if path is not None and path.is_symlink() and not _matches(path, path.readlink().name):
-                raise AdapterFetchFailed(f"the copy of {name} on disk is damaged, and {why}")
-        directory = _cached_file(cache, repo, revision, CONFIG).parent
-        return Snapshot(directory, directory.name, (f"served from the copy on disk: {why}",))
+def _weights_name(folder: CachedFolder, names: Collection[str]) -> str:
+    """What the weights file among these is called. Raises AdapterRejected where they are no adapter."""
+    where = f"in {folder.subfolder}" if folder.subfolder else "at its top level"
+    if CONFIG not in names:
+        subfolders = [name.removesuffix(f"/{CONFIG}") for name in names if name.endswith(f"/{CONFIG}")]
+        refuse_parent(subfolders, f"{folder.repo}/{folder.subfolder}".rstrip("/"))
+        raise AdapterRejected(f"the repository has no {CONFIG} {where}")
+    for name in WEIGHTS_NAMES:
+        if name in names:
+            return name
+    if PICKLED_WEIGHTS in names:
+        raise AdapterRejected(PICKLE_REFUSED)
+    raise AdapterRejected(f"the repository has no {WEIGHTS} {where}")
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
     checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
     return RemoteFile(sibling.rfilename, sibling.size or 0, checksum or "")
-
-
-def _cache_of(token: str) -> Path:
-    """The hub's cache; files fetched with a caller's own token lie apart, out of reach of everybody else."""
-    if not token:
-        return Path(constants.HF_HUB_CACHE)
-    return Path(constants.HF_HOME) / "loraplex" / hashlib.sha256(token.encode()).hexdigest()
-
-
-def _matches(path: Path, checksum: str) -> bool:
-    actual = file_sha256(path) if _SHA256.fullmatch(checksum) else git_blob_id(path)
-    return actual == checksum
-
-
-def _find_cached(cache: Path, repo: str, revision: str, name: str) -> Path | None:
-    try:
-        found = try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision or None)
-    except HFValidationError as error:
-        raise AdapterNotFound("this is not the name of a hub repository") from error
-    return Path(found) if isinstance(found, str) else None
-
-
-def _cached_file(cache: Path, repo: str, revision: str, name: str) -> Path:
-    path = _find_cached(cache, repo, revision, name)
-    if path is None:
-        raise AdapterFetchFailed(f"{name} has vanished from the cache; try again")
-    return path
-
-
-def _remember_ref(cache: Path, repo: str, revision: str, commit: str) -> None:
-    """Note in the cache which commit a moving name meant, so that it can be found without the hub."""
-    if revision == commit:
-        return
-    ref = (
-        cache
-        / repo_folder_name(repo_id=repo, repo_type="model")
-        / "refs"
-        / (revision or constants.DEFAULT_REVISION)
-    )
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(commit)
 
 
 def _progress_class(meter: ProgressMeter) -> type:

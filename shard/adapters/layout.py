@@ -1,4 +1,8 @@
-"""Which linears of the base an adapter can change, as plain data that crosses a process boundary."""
+"""What of the base an adapter can change, as plain data that crosses a process boundary.
+
+Everything that adapters change at once in the forward pass is a *site*, numbered: linears that share one
+input, an embedding, a module that can be replaced for some rows (a norm), the experts of one layer.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +23,71 @@ class Target:
     """First column of this linear's output in the site's output."""
     fan_in_fan_out: bool = False
     """The base stores this weight as [in, out] (GPT-2's Conv1D)."""
+    has_bias: bool = False
+    is_head: bool = False
+    """Its output is the logits: an adapter may make it wider."""
+    tied_to: str = ""
+    """The embedding whose weight this one shares, where it does."""
 
 
 @dataclass(frozen=True, slots=True)
-class BaseWeight:
-    """A base weight that trainers save along with an adapter (output head): an exact copy changes nothing."""
+class EmbeddingTarget:
+    """The token embedding. Adapter tensors for it are A [rank, vocab_size] and B [hidden_size, rank]."""
 
     name: str
-    """Module path of the embedding or head."""
-    digest: str
-    """`digest.weight_digest` of the weight, row-major [out, in], in the layout's dtype."""
+    site: int
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTarget:
+    """A module that is replaced as a whole for an adapter's rows: a norm."""
+
+    name: str
+    site: int
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name, shape) of each of its own parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsParameter:
+    """One 3-D parameter that holds the same linear of every expert."""
+
+    name: str
+    """For example `gate_up_proj`."""
+    in_features: int
+    out_features: int
+    is_transposed: bool
+    """Stored as [experts, in, out] instead of [experts, out, in]."""
+    halves: tuple[str, ...] = ()
+    """Names of the linears whose outputs, equally wide, lie one after the other in this one's. Empty where it
+    is a single linear, or where they interleave."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsTarget:
+    """The experts of one layer."""
+
+    name: str
+    """Module path, for example `model.layers.0.mlp.experts`."""
+    site: int
+    experts: int
+    parameters: tuple[ExpertsParameter, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """Everything the parser needs to know of the model: it never sees the model itself."""
 
-    targets: tuple[Target, ...]
-    other_modules: tuple[str, ...]
-    """Modules with weights that no adapter of ours can change (embeddings, norms): refused by name."""
+    linears: tuple[Target, ...]
     dtype: str
-    """"float32", "bfloat16" or "float16": what A and B are packed as."""
+    """"float32", "bfloat16" or "float16": what weights are packed as."""
     max_rank: int
-    base_weights: tuple[BaseWeight, ...] = ()
-    """Weights whose copies in an adapter file are recognised and dropped; any other copy is refused."""
+    embeddings: tuple[EmbeddingTarget, ...] = ()
+    modules: tuple[ModuleTarget, ...] = ()
+    experts: tuple[ExpertsTarget, ...] = ()
+    other_modules: tuple[str, ...] = ()
+    """Modules with weights that no adapter can change here: refused by name."""
+    tied_embeddings: bool = False
+    """The output head shares the token embedding's weight."""

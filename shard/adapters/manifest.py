@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
+
+from .changes import Traits
+from .recipe import MergeRequest
 
 
 class Source(StrEnum):
@@ -13,6 +17,7 @@ class Source(StrEnum):
     HUB = "hub"
     LOCAL = "local"
     S3 = "s3"
+    MERGED = "merged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +26,35 @@ class AdapterRequest:
 
     source: Source
     id: str
-    """A hub repository or a directory."""
+    """A hub repository, a directory, `s3://bucket/prefix`, or a merged adapter's name."""
     revision: str = ""
     """A commit or a moving name; empty: the source's default."""
     token: str = field(default="", repr=False)
     """The caller's own hub token; empty: the environment's."""
     expect_digest: str = ""
     """The digest to arrive at; empty: any."""
+    subfolder: str = ""
+    """Of a hub repository; empty: its top level."""
+    root: str = ""
+    """The directory below which a local adapter's files must lie; empty: they may be links to anywhere."""
+    merge: MergeRequest | None = None
+    """What a merged adapter is made of."""
 
     def key(self) -> tuple[str, ...]:
         """Equal for requests that one fetch can answer. Holds no secret."""
         token_hash = hashlib.sha256(self.token.encode()).hexdigest() if self.token else ""
-        return (self.source, self.id, self.revision, token_hash)
+        merge = self.merge.key() if self.merge is not None else ""
+        return (self.source, self.id, self.revision, token_hash, self.subfolder, self.root, merge)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An adapter's files on disk, as one fetch left them."""
+
+    directory: Path
+    revision: str = ""
+    """The commit, or what stands for one; empty where the source has none."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +69,7 @@ class AdapterManifest:
     """Device bytes on each tensor-parallel rank."""
     max_rank: int
     modules: int
-    """Base linears that the adapter changes."""
-    warnings: tuple[str, ...]
+    """Base modules that the adapter changes."""
+    traits: Traits
     own_tokenizer: bool
     own_chat_template: bool

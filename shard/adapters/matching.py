@@ -85,16 +85,16 @@ class Selection:
             return True
         for pattern in self.layer_patterns:
             if match := pattern.match(module):
-                return int(match.group(1)) in self.layers
+                return int(match["layer"]) in self.layers
         return False
 
 
 def layer_patterns(value: str | list[str] | None) -> tuple[re.Pattern[str], ...]:
-    """`layers_pattern` as expressions whose first group is the layer's index."""
+    """`layers_pattern` as expressions whose group `layer` is the layer's index."""
     if not value:
-        return (re.compile(r".*?\.[^.]*\.(\d+)\."),)
+        return (re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\."),)
     names = [value] if isinstance(value, str) else value
-    return tuple(compile_regex("layers_pattern", name, rf".*?\.{name}\.(\d+)\.") for name in names)
+    return tuple(compile_regex("layers_pattern", name, rf".*?\.{name}\.(?P<layer>\d+)\.") for name in names)
 
 
 def compile_regex(field: str, given: str, regex: str) -> re.Pattern[str]:

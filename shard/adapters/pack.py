@@ -8,11 +8,13 @@ from pathlib import Path
 import msgspec
 
 from ..errors import AdapterNotFound, AdapterRejected
-from .config import parse_config
+from .assemble import assemble
+from .base_weights import BaseWeights
+from .changes import Traits
 from .digest import adapter_digest
-from .files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, FileLimits, is_regular, read_regular
+from .files import CONFIG, FileLimits, find_weights, read_regular
 from .layout import AdapterLayout
-from .packed import PackedIndex, write_packed
+from .packed import PackedIndex
 from .parse import parse_adapter
 
 
@@ -30,7 +32,7 @@ class PackedDirectory:
     digest: str
     modules: int
     max_rank: int
-    warnings: tuple[str, ...]
+    traits: Traits
     file: PackedFile
 
 
@@ -41,7 +43,9 @@ class Packer:
         self._layout = layout
         self._limits = limits
 
-    def pack(self, directory: Path, target: Path, expect_digest: str = "") -> PackedDirectory:
+    def pack(
+        self, directory: Path, target: Path, base: BaseWeights, expect_digest: str = ""
+    ) -> PackedDirectory:
         """Read, check and parse `directory`; write the packed form to `target`, which is new.
 
         Raises AdapterNotFound without a directory, AdapterRejected where it cannot be served or has another
@@ -53,16 +57,15 @@ class Packer:
             raise AdapterRejected(
                 f"its files have changed: they had digest {expect_digest}, now {digest}; load it anew"
             )
-        spec = parse_config(config)
-        parsed = parse_adapter(spec, weights, self._layout)
+        parsed = parse_adapter(config, weights, self._layout, base)
         try:
             with target.open("xb") as file:
-                index = write_packed(file, parsed.sites(), self._layout.dtype)
+                index = assemble(parsed, file, self._layout.dtype)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
         return PackedDirectory(
-            digest, parsed.modules, parsed.max_rank, spec.warnings, PackedFile(str(target), index)
+            digest, parsed.modules, parsed.max_rank, parsed.traits, PackedFile(str(target), index)
         )
 
     def _snapshot(self, directory: Path) -> tuple[bytes, memoryview]:
@@ -70,8 +73,4 @@ class Packer:
         if not directory.is_dir():
             raise AdapterNotFound(f"there is no directory {directory}")
         config = bytes(read_regular(directory / CONFIG, self._limits.config))
-        if not is_regular(directory / WEIGHTS) and (directory / PICKLED_WEIGHTS).exists():
-            raise AdapterRejected(
-                f"it has only {PICKLED_WEIGHTS}, a pickle, which is never opened; save it as safetensors"
-            )
-        return config, read_regular(directory / WEIGHTS, self._limits.weights)
+        return config, read_regular(find_weights(directory), self._limits.weights)

@@ -2,65 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import BinaryIO
 
 import msgspec
 
 from .floats import Stored
-from .parse import SiteArrays
 
 ALIGNMENT = 128
 """Bytes; a cache line of a GPU, and a multiple of every vector load."""
 
 
 class PackedArray(msgspec.Struct, frozen=True):
-    """A row-major matrix inside the file."""
+    """A row-major array inside the file."""
 
     offset: int
     """First byte; a multiple of ALIGNMENT."""
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: str
+    """"float32", "bfloat16", "float16" or "int64"."""
 
 
 class PackedPart(msgspec.Struct, frozen=True):
+    """One linear's share of a site; see `kernels.ops.LoraPart`."""
+
     rank_offset: int
     out_offset: int
     b: PackedArray
-    """[rank, out]."""
+    scale: PackedArray | None = None
+    shift: PackedArray | None = None
 
 
-class PackedSite(msgspec.Struct, frozen=True):
+class PackedRows(msgspec.Struct, frozen=True):
+    """Replaced rows of a weight; see `weights.ReplacedRows`."""
+
+    out_offset: int
+    ids: PackedArray | None
+    weight: PackedArray
+    bias: PackedArray | None = None
+
+
+class PackedLinears(msgspec.Struct, frozen=True, tag=True):
+    """One adapter at linears that share an input; see `weights.LinearWeights`."""
+
     site: int
-    a: PackedArray
-    """[sum of the parts' ranks, in]."""
+    modules: int
+    a: PackedArray | None
     parts: tuple[PackedPart, ...]
+    input_scale: PackedArray | None = None
+    rows: tuple[PackedRows, ...] = ()
+
+
+class PackedEmbedding(msgspec.Struct, frozen=True, tag=True):
+    """One adapter at the embedding; see `weights.EmbeddingWeights`."""
+
+    site: int
+    a: PackedArray | None
+    b: PackedArray | None
+    scale: PackedArray | None = None
+    rows: PackedRows | None = None
+
+
+class PackedModule(msgspec.Struct, frozen=True, tag=True):
+    """A module's own parameters, by name."""
+
+    site: int
+    parameters: dict[str, PackedArray]
+
+
+class PackedExperts(msgspec.Struct, frozen=True, tag=True):
+    """A and B of the experts' parameters, by parameter."""
+
+    site: int
+    parameters: dict[str, tuple[PackedArray, PackedArray]]
+
+
+PackedSite = PackedLinears | PackedEmbedding | PackedModule | PackedExperts
 
 
 class PackedIndex(msgspec.Struct, frozen=True):
     """Where everything lies in the packed file."""
 
-    dtype: str
-    """"float32", "bfloat16" or "float16"."""
     nbytes: int
     """Length of the file."""
+    modules: int
+    """Base modules that the adapter changes."""
     sites: tuple[PackedSite, ...]
 
 
-def write_packed(file: BinaryIO, sites: Iterable[SiteArrays], dtype: str) -> PackedIndex:
-    """Write every array of `sites`, aligned, from the start of an empty file. Returns the index."""
-    packed = []
-    for site in sites:
-        a = _append(file, site.a)
-        parts = tuple(
-            PackedPart(part.rank_offset, part.out_offset, _append(file, part.b)) for part in site.parts
-        )
-        packed.append(PackedSite(site.site, a, parts))
-    return PackedIndex(dtype, file.tell(), tuple(packed))
+class PackedWriter:
+    """Appends aligned arrays to an empty file."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
 
-def _append(file: BinaryIO, array: Stored) -> PackedArray:
-    file.write(bytes(-file.tell() % ALIGNMENT))
-    offset = file.tell()
-    file.write(array.data.cast("B"))
-    rows, columns = array.shape
-    return PackedArray(offset, (rows, columns))
+    @property
+    def nbytes(self) -> int:
+        return self._file.tell()
+
+    def append(self, array: Stored, dtype: str) -> PackedArray:
+        """Write one contiguous array, as `floats.store` gives it for `dtype`, or of int64."""
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        if array.size:
+            self._file.write(array.data.cast("B"))
+        return PackedArray(offset, array.shape, dtype)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from ...kernels.ops import LoraWeights
 from ..errors import AdapterMemoryFull, BadPlan, SlotBusy
-from .weights import PackedAdapter
+from .weights import PackedAdapter, SiteWeights
 
 _CPU = torch.device("cpu")
+
+
+class Site(Protocol):
+    """A place in the model that adapters change. It keeps what each slot brings, for its rows."""
+
+    def put(self, slot: int, weights: SiteWeights) -> None:
+        """Keep one adapter's weights, of the kind this site takes."""
+        ...
+
+    def drop(self, slot: int) -> None:
+        """Forget a slot, if it is known."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +35,19 @@ class _Resident:
 class AdapterPool:
     """Adapters on the device at their true rank. Called on the device thread only.
 
-    `tables[site]` maps slot to weights and is what the linears read; only `load` and `unload` change it.
+    Only `load` and `unload` change what the sites hold.
     """
 
     def __init__(
         self,
-        tables: Sequence[dict[int, LoraWeights]],
+        sites: Sequence[Site],
         *,
         slots: int,
         budget: int,
         device: torch.device = _CPU,
     ) -> None:
-        """`tables`: one empty slot table for each site, in site order. `budget` in bytes."""
-        self.tables = tables
+        """`sites`: the model's, in the order of the layout's numbers, all empty. `budget` in bytes."""
+        self._sites = sites
         self._slots = slots
         self._budget = budget
         self._device = device
@@ -60,7 +72,7 @@ class AdapterPool:
             )
         resident = _Resident(digest, adapter.to(self._device))
         for site, weights in resident.adapter.site_weights().items():
-            self.tables[site][slot] = weights
+            self._sites[site].put(slot, weights)
         self._residents[slot] = resident
         self.used_bytes += adapter.nbytes
         return adapter.nbytes
@@ -71,8 +83,8 @@ class AdapterPool:
         resident = self._residents.pop(slot, None)
         if resident is None:
             return 0
-        for table in self.tables:
-            table.pop(slot, None)
+        for site in self._sites:
+            site.drop(slot)
         self.used_bytes -= resident.adapter.nbytes
         return resident.adapter.nbytes
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
+from .base_weights import WeightFile
 from .files import FileLimits
 from .layout import AdapterLayout
 from .manifest import AdapterManifest, AdapterRequest
+from .own_tokenizer import BaseText
 from .pack import PackedFile
+from .recipe import PartPlace
 from .retry import RetryPolicy
 
 HEARTBEAT_SECONDS = 1.0
@@ -25,6 +28,7 @@ class Setup(msgspec.Struct, frozen=True):
     """The first line to a worker."""
 
     layout: AdapterLayout
+    text: BaseText
     spool: str
     """An existing directory for packed files. The worker deletes it when it ends."""
     settings: WorkerSettings
@@ -35,6 +39,8 @@ class Download(msgspec.Struct, frozen=True, tag=True):
 
     job: int
     request: AdapterRequest
+    parts: tuple[PartPlace, ...] = ()
+    """Where those lie that a merged adapter is made of, in order."""
 
 
 class Repack(msgspec.Struct, frozen=True, tag=True):
@@ -47,11 +53,27 @@ class Repack(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class Provided(msgspec.Struct, frozen=True, tag=True):
+    """The base weight that a `Wanted` asked for."""
+
+    request: int
+    file: WeightFile
+
+
 Command = Download | Repack
+Order = Command | Provided
+"""What a worker reads after its setup."""
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Nothing else to say."""
+
+
+class Wanted(msgspec.Struct, frozen=True, tag=True):
+    """A job needs a weight of the base; see `BaseWeights.read` for its name."""
+
+    request: int
+    name: str
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -80,4 +102,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = Alive | Progress | Downloaded | Repacked | Failed
+Event = Alive | Wanted | Progress | Downloaded | Repacked | Failed

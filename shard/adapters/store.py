@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import AdapterNotFound, AdapterRejected
+from .files import FileLimits
 from .host_cache import HostCache
 from .manifest import AdapterManifest, AdapterRequest
+from .own_tokenizer import OwnTokenizer, read_own_tokenizer
 from .progress import OnProgress
+from .recipe import PartPlace
 from .weights import PackedAdapter
 from .worker import AdapterWorker
 
@@ -20,10 +23,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where a digest lies on disk, and what its first request called it."""
+    """Where a digest lies on disk, what its first request called it, and whether it has a text side."""
 
     name: str
     directory: Path
+    own_tokenizer: bool
+    own_chat_template: bool
 
 
 @dataclass(slots=True)
@@ -92,18 +97,33 @@ class AdapterStore:
             flight = _launch(self._packs, digest, self._pack(digest, origin))
         return await asyncio.shield(flight.task)
 
-    def directory(self, digest: str) -> Path:
-        """Where a downloaded adapter's files lie, its own tokenizer included. Raises AdapterNotFound."""
-        return self._origin(digest).directory
+    async def own_tokenizer(self, digest: str) -> OwnTokenizer:
+        """The tokenizer and chat template of a downloaded adapter, where they differ from the base's.
+
+        Raises AdapterNotFound for a digest that was never downloaded here, AdapterRejected where its files
+        cannot be read any more.
+        """
+        origin = self._origin(digest)
+        own = await asyncio.to_thread(read_own_tokenizer, origin.directory, FileLimits())
+        return replace(
+            own,
+            tokenizer_json=own.tokenizer_json if origin.own_tokenizer else b"",
+            chat_template=own.chat_template if origin.own_chat_template else "",
+        )
 
     async def _download(self, request: AdapterRequest) -> AdapterManifest:
         def report(done: int, total: int) -> None:
             for listener in tuple(self._downloads[request.key()].listeners):
                 listener(done, total)
 
-        downloaded = await self._worker.download(request, report)
+        downloaded = await self._worker.download(request, report, self._parts(request))
         digest = downloaded.manifest.digest
-        self._origins[digest] = _Origin(request.id, downloaded.directory)
+        self._origins[digest] = _Origin(
+            request.id,
+            downloaded.directory,
+            downloaded.manifest.own_tokenizer,
+            downloaded.manifest.own_chat_template,
+        )
         self._cache.put(digest, downloaded.packed)
         return downloaded.manifest
 
@@ -111,6 +131,15 @@ class AdapterStore:
         packed = await self._worker.pack(origin.name, origin.directory, digest)
         self._cache.put(digest, packed)
         return packed
+
+    def _parts(self, request: AdapterRequest) -> tuple[PartPlace, ...]:
+        """Where the parts of a merged adapter lie. Raises AdapterNotFound naming one that is not here."""
+        parts = request.merge.parts if request.merge is not None else ()
+        try:
+            origins = [self._origin(part.digest) for part in parts]
+        except AdapterNotFound as error:
+            raise AdapterNotFound(f"adapter {request.id!r} is made of others: {error}") from error
+        return tuple(PartPlace(origin.name, str(origin.directory)) for origin in origins)
 
     def _origin(self, digest: str) -> _Origin:
         if (origin := self._origins.get(digest)) is None:

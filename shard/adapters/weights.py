@@ -1,15 +1,77 @@
-"""A packed adapter in memory: one buffer, and the tensors that the kernels read as views into it."""
+"""A packed adapter in memory: one buffer, and the tensors that the model's sites read as views into it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ...kernels.ops import LoraPart, LoraWeights
+from ...kernels.ops import EmbeddingLora, LoraPart, LoraWeights
 from ..errors import AdapterFetchFailed
-from .packed import PackedArray, PackedIndex
+from .packed import (
+    PackedArray,
+    PackedEmbedding,
+    PackedExperts,
+    PackedIndex,
+    PackedLinears,
+    PackedModule,
+    PackedPart,
+    PackedRows,
+    PackedSite,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacedRows:
+    """Rows of a base weight in place of the base's own."""
+
+    out_offset: int
+    """First column, in the site's output, of the linear whose rows these are; 0 at an embedding."""
+    ids: torch.Tensor | None
+    """[n] int64 ascending; None: rows 0 .. n - 1. They may lie beyond the base's last row."""
+    weight: torch.Tensor
+    """[n, in]."""
+    bias: torch.Tensor | None
+    """[n]; None: the base's, and none beyond its last row."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """One adapter at linears that share an input."""
+
+    lora: LoraWeights | None
+    input_scale: torch.Tensor | None
+    """[in] fp32: multiplies the site's input."""
+    rows: tuple[ReplacedRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingWeights:
+    """One adapter at the embedding."""
+
+    lora: EmbeddingLora | None
+    rows: ReplacedRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleWeights:
+    """The parameters that a module has on one adapter's rows."""
+
+    parameters: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One adapter at the experts of a layer: by parameter or half of one, A [experts, rank, in] and
+    B [experts, rank, out]."""
+
+    parameters: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+SiteWeights = LinearWeights | EmbeddingWeights | ModuleWeights | ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +88,64 @@ class PackedAdapter:
 
     @property
     def modules(self) -> int:
-        """Base linears that the adapter changes."""
-        return sum(len(site.parts) for site in self.index.sites)
+        """Base modules that the adapter changes."""
+        return self.index.modules
 
     def to(self, device: torch.device) -> PackedAdapter:
         """This adapter on `device`: itself where it already is there, else a copy."""
         return replace(self, buffer=self.buffer.to(device))
 
-    def site_weights(self) -> dict[int, LoraWeights]:
+    def site_weights(self) -> dict[int, SiteWeights]:
         """Site to weights, as views into the buffer."""
-        return {
-            site.site: LoraWeights(
-                a=self._view(site.a),
-                parts=tuple(
-                    LoraPart(part.rank_offset, part.out_offset, self._view(part.b)) for part in site.parts
-                ),
-            )
-            for site in self.index.sites
-        }
+        return {site.site: self._weights(site) for site in self.index.sites}
+
+    def _weights(self, site: PackedSite) -> SiteWeights:
+        match site:
+            case PackedLinears():
+                return self._linear(site)
+            case PackedEmbedding():
+                return self._embedding(site)
+            case PackedModule():
+                return ModuleWeights({name: self._view(array) for name, array in site.parameters.items()})
+            case PackedExperts():
+                pairs = site.parameters.items()
+                return ExpertWeights({name: (self._view(a), self._view(b)) for name, (a, b) in pairs})
+
+    def _linear(self, site: PackedLinears) -> LinearWeights:
+        lora = None
+        if site.a is not None:
+            lora = LoraWeights(self._view(site.a), tuple(self._part(part) for part in site.parts))
+        return LinearWeights(
+            lora, self._optional(site.input_scale), tuple(self._rows(rows) for rows in site.rows)
+        )
+
+    def _part(self, part: PackedPart) -> LoraPart:
+        return LoraPart(
+            part.rank_offset,
+            part.out_offset,
+            self._view(part.b),
+            self._optional(part.scale),
+            self._optional(part.shift),
+        )
+
+    def _embedding(self, site: PackedEmbedding) -> EmbeddingWeights:
+        lora = None
+        if site.a is not None and site.b is not None:
+            lora = EmbeddingLora(self._view(site.a), self._view(site.b), self._optional(site.scale))
+        return EmbeddingWeights(lora, self._rows(site.rows) if site.rows is not None else None)
+
+    def _rows(self, rows: PackedRows) -> ReplacedRows:
+        return ReplacedRows(
+            rows.out_offset, self._optional(rows.ids), self._view(rows.weight), self._optional(rows.bias)
+        )
+
+    def _optional(self, array: PackedArray | None) -> torch.Tensor | None:
+        return None if array is None else self._view(array)
 
     def _view(self, array: PackedArray) -> torch.Tensor:
-        dtype: torch.dtype = getattr(torch, self.index.dtype)
-        rows, columns = array.shape
-        end = array.offset + rows * columns * dtype.itemsize
-        return self.buffer[array.offset : end].view(dtype).view(rows, columns)
+        dtype: torch.dtype = getattr(torch, array.dtype)
+        end = array.offset + math.prod(array.shape) * dtype.itemsize
+        return self.buffer[array.offset : end].view(dtype).view(array.shape)
 
 
 def read_packed(path: Path, index: PackedIndex, *, pin: bool) -> PackedAdapter:

@@ -22,8 +22,10 @@ from ..errors import (
     AdapterRejected,
     ShardError,
 )
+from .base_tensors import BaseTensors
 from .layout import AdapterLayout
 from .manifest import AdapterManifest, AdapterRequest
+from .own_tokenizer import BaseText
 from .pack import PackedFile
 from .progress import OnProgress
 from .protocol import (
@@ -33,12 +35,16 @@ from .protocol import (
     Downloaded,
     Event,
     Failed,
+    Order,
     Progress,
+    Provided,
     Repack,
     Repacked,
     Setup,
+    Wanted,
     WorkerSettings,
 )
+from .recipe import PartPlace
 from .weights import PackedAdapter, read_packed
 
 _log = logging.getLogger(__name__)
@@ -51,6 +57,7 @@ _LINE_LIMIT = 16 * 1024 * 1024
 _ERRORS: dict[str, type[ShardError]] = {
     error.reason: error for error in (AdapterNotFound, AdapterRejected, AdapterFetchFailed)
 }
+_NO_TEXT = BaseText()
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -80,6 +87,8 @@ class AdapterWorker:
     def __init__(
         self,
         layout: AdapterLayout,
+        base: BaseTensors,
+        text: BaseText = _NO_TEXT,
         *,
         command: Sequence[str] = DEFAULT_COMMAND,
         settings: WorkerSettings | None = None,
@@ -88,6 +97,8 @@ class AdapterWorker:
     ) -> None:
         """Starts nothing. `pin`: read into pinned memory, for a GPU. `silence`: seconds until it is hung."""
         self._layout = layout
+        self._base = base
+        self._text = text
         self._command = tuple(command)
         self._settings = settings or WorkerSettings()
         self._pin = pin
@@ -112,9 +123,14 @@ class AdapterWorker:
                 await self._child.stop()
                 self._child = None
 
-    async def download(self, request: AdapterRequest, on_progress: OnProgress) -> DownloadedAdapter:
-        """Fetch, verify and parse. Raises AdapterNotFound, AdapterRejected or AdapterFetchFailed."""
-        reply = await self._run(lambda job: Download(job, request), on_progress)
+    async def download(
+        self, request: AdapterRequest, on_progress: OnProgress, parts: tuple[PartPlace, ...] = ()
+    ) -> DownloadedAdapter:
+        """Fetch, verify and parse; `parts`: where those lie that a merged adapter is made of.
+
+        Raises AdapterNotFound, AdapterRejected or AdapterFetchFailed.
+        """
+        reply = await self._run(lambda job: Download(job, request, parts), on_progress)
         assert isinstance(reply, Downloaded)
         return DownloadedAdapter(reply.manifest, Path(reply.directory), await self._read(reply.file))
 
@@ -138,8 +154,23 @@ class AdapterWorker:
             if self._child is None or not self._child.is_alive:
                 if self._child is not None:
                     await self._child.stop()
-                self._child = await _start_child(self._command, self._layout, self._settings, self._silence)
+                self._child = await self._start_child()
             return self._child
+
+    async def _start_child(self) -> _Child:
+        spool = Path(tempfile.mkdtemp(prefix="loraplex-adapters-"))
+        # Xet transfers bypass plain HTTP, and with it the proxies and mirrors that HF_ENDPOINT may name.
+        environment = {"HF_HUB_DISABLE_XET": "1"} | os.environ | _ENVIRONMENT
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=PIPE, stdout=PIPE, env=environment, limit=_LINE_LIMIT
+            )
+        except OSError as error:
+            shutil.rmtree(spool, ignore_errors=True)
+            raise AdapterFetchFailed(f"the adapter worker could not be started: {error}") from error
+        child = _Child(process, spool, self._base, self._silence)
+        child.send(Setup(self._layout, self._text, str(spool), self._settings))
+        return child
 
 
 def _take_packed(file: PackedFile, pin: bool) -> PackedAdapter:
@@ -153,36 +184,21 @@ def _take_packed(file: PackedFile, pin: bool) -> PackedAdapter:
         path.unlink(missing_ok=True)
 
 
-async def _start_child(
-    command: Sequence[str], layout: AdapterLayout, settings: WorkerSettings, silence: float
-) -> _Child:
-    spool = Path(tempfile.mkdtemp(prefix="loraplex-adapters-"))
-    # Xet transfers bypass plain HTTP, and with it the proxies and mirrors that HF_ENDPOINT may name.
-    environment = {"HF_HUB_DISABLE_XET": "1"} | os.environ | _ENVIRONMENT
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, env=environment, limit=_LINE_LIMIT
-        )
-    except OSError as error:
-        shutil.rmtree(spool, ignore_errors=True)
-        raise AdapterFetchFailed(f"the adapter worker could not be started: {error}") from error
-    child = _Child(process, spool, silence)
-    child.send(Setup(layout, str(spool), settings))
-    return child
-
-
 class _Child:
     """One run of the child process, with the jobs that wait for it."""
 
-    def __init__(self, process: Process, spool: Path, silence: float) -> None:
+    def __init__(self, process: Process, spool: Path, base: BaseTensors, silence: float) -> None:
         self.process = process
         self._spool = spool
+        self._base = base
         self._silence = silence
         self._jobs: dict[int, _Job] = {}
+        self._providing: set[asyncio.Task[None]] = set()
+        self._cause = "ended"
         self.is_alive = True
         self._listener = asyncio.create_task(self._listen())
 
-    def send(self, message: Setup | Command) -> None:
+    def send(self, message: Setup | Order) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(message) + b"\n")
 
@@ -220,7 +236,7 @@ class _Child:
         try:
             while line := await asyncio.wait_for(self.process.stdout.readline(), self._silence):
                 self._handle(events.decode(line))
-            cause = "ended"
+            cause = self._cause
         except TimeoutError:
             self._kill()
             cause = "hung and was killed"
@@ -240,6 +256,11 @@ class _Child:
     def _handle(self, event: Event) -> None:
         if isinstance(event, Alive):
             return
+        if isinstance(event, Wanted):
+            task = asyncio.create_task(self._provide(event))
+            self._providing.add(task)
+            task.add_done_callback(self._providing.discard)
+            return
         job = self._jobs.get(event.job)
         if isinstance(event, Progress):
             if job is not None:
@@ -251,3 +272,16 @@ class _Child:
             job.done.set_exception(_ERRORS.get(event.reason, ShardError)(event.message))
         else:
             job.done.set_result(event)
+
+    async def _provide(self, wanted: Wanted) -> None:
+        """Write a weight of the base to the spool and tell the child. Where that fails, end the child, which
+        would wait for it without end."""
+        path = self._spool / f"{wanted.request}.weight"
+        try:
+            file = await asyncio.to_thread(self._base.write, wanted.name, path)
+        except (OSError, KeyError) as error:
+            why = error.strerror if isinstance(error, OSError) else "the base has no such weight"
+            self._cause = f"was ended, for it could not be given {wanted.name}: {why}"
+            self._kill()
+        else:
+            self.send(Provided(wanted.request, file))

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -23,8 +24,10 @@ import msgspec
 from huggingface_hub.utils import logging as hub_logging
 
 from ..errors import ShardError
-from .fetch import Fetched, Fetcher
-from .manifest import AdapterManifest
+from .base_weights import WeightRequests
+from .fetch import Fetcher
+from .manifest import AdapterManifest, Snapshot
+from .own_tokenizer import TextComparison
 from .pack import PackedDirectory, Packer
 from .protocol import (
     HEARTBEAT_SECONDS,
@@ -34,10 +37,13 @@ from .protocol import (
     Downloaded,
     Event,
     Failed,
+    Order,
     Progress,
+    Provided,
     Repack,
     Repacked,
     Setup,
+    Wanted,
 )
 
 NICENESS = 10
@@ -54,8 +60,10 @@ class Worker:
     def __init__(self, setup: Setup, output: BinaryIO) -> None:
         self._fetcher = Fetcher(setup.settings.limits, setup.settings.retry)
         self._packer = Packer(setup.layout, setup.settings.limits)
+        self._text = TextComparison(setup.text, setup.settings.limits)
         self._spool = Path(setup.spool)
         self._packing = threading.Lock()
+        self.weights = WeightRequests(lambda request, name: self.send(Wanted(request, name)))
         self._output = output
         self._writing = threading.Lock()
 
@@ -97,9 +105,10 @@ class Worker:
         def report(done: int, total: int) -> None:
             self.send(Progress(command.job, done, total))
 
-        fetched = self._fetcher.fetch(command.request, report)
+        fetched = self._fetcher.fetch(command.request, report, command.parts)
         packed = self._pack(command.job, fetched.directory, "")
-        return Downloaded(command.job, _manifest(fetched, packed), str(fetched.directory), packed.file)
+        manifest = _manifest(fetched, packed, self._text.differs(fetched.directory))
+        return Downloaded(command.job, manifest, str(fetched.directory), packed.file)
 
     def _repack(self, command: Repack) -> Event:
         packed = self._pack(command.job, Path(command.directory), command.digest)
@@ -107,7 +116,8 @@ class Worker:
 
     def _pack(self, job: int, directory: Path, expect_digest: str) -> PackedDirectory:
         with self._packing:
-            return self._packer.pack(directory, self._spool / f"{job}.packed", expect_digest)
+            target = self._spool / f"{job}.packed"
+            return self._packer.pack(directory, target, self.weights, expect_digest)
 
 
 def _one_line(message: str) -> str:
@@ -116,16 +126,17 @@ def _one_line(message: str) -> str:
     return printable + "…" if len(message) > MAX_MESSAGE else printable
 
 
-def _manifest(fetched: Fetched, packed: PackedDirectory) -> AdapterManifest:
+def _manifest(fetched: Snapshot, packed: PackedDirectory, own: tuple[bool, bool]) -> AdapterManifest:
+    own_tokenizer, own_chat_template = own
     return AdapterManifest(
         digest=packed.digest,
         revision=fetched.revision,
         rank_bytes=(packed.file.index.nbytes,),
         max_rank=packed.max_rank,
         modules=packed.modules,
-        warnings=fetched.warnings + packed.warnings,
-        own_tokenizer=fetched.own_tokenizer,
-        own_chat_template=fetched.own_chat_template,
+        traits=replace(packed.traits, warnings=fetched.warnings + packed.traits.warnings),
+        own_tokenizer=own_tokenizer,
+        own_chat_template=own_chat_template,
     )
 
 
@@ -147,9 +158,13 @@ def main() -> NoReturn:
     worker = Worker(setup, output)
     threading.Thread(target=worker.beat, daemon=True).start()
     pool = ThreadPoolExecutor(CONCURRENT_JOBS)
-    commands = msgspec.json.Decoder(Command)
+    orders = msgspec.json.Decoder[Order](Order)
     for line in sys.stdin.buffer:
-        pool.submit(worker.run, commands.decode(line))
+        order = orders.decode(line)
+        if isinstance(order, Provided):
+            worker.weights.provide(order.request, order.file)
+        else:
+            pool.submit(worker.run, order)
     worker.leave()
 
 

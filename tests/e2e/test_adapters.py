@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ..tiny import AdapterRecipe, build_adapter
+from ..tiny import AdapterRecipe, build_adapter, tokenizer
 from .server import Refused, Server
 
 PROMPT = [70, 80, 90, 100, 110]
@@ -63,27 +65,93 @@ def test_an_adapter_is_loaded_listed_pinned_and_unloaded(
     assert refused.value.status == 404
 
 
+@torch.inference_mode()
+def peft_alone(base: Path, adapter: Path) -> torch.Tensor:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    logprobs = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, :-1].double(), -1)
+    return logprobs.gather(1, torch.tensor(PROMPT)[1:, None])[:, 0]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tokens": {"trainable_token_indices": PROMPT[:2]},
+    "one-layer": {"layers_to_transform": [1], "use_rslora": True},
+}
+
+
+def test_variants_are_served_as_peft_computes_them(
+    server: Server, two_adapters: dict[str, Path], tiny_model: Callable[[str], Path]
+) -> None:
+    base, kinds = tiny_model("llama"), []
+    for name, extra in VARIANTS.items():
+        targets = tuple(extra.pop("target_modules", ("q_proj", "down_proj")))
+        path = two_adapters["alpha"].parent / name
+        build_adapter(base, path, AdapterRecipe(4, targets=targets, extra=extra), seed=3)
+        server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        got = prompt_logprobs(server, adapters=[{"id": name}])
+        torch.testing.assert_close(got, peft_alone(base, path), rtol=0, atol=1e-4)
+        kinds.append(server.get(f"/v1/adapters/{name}")["kind"])
+    assert kinds[0] == "DoRA"
+    with pytest.raises(Refused) as refused:
+        prompt_logprobs(server, adapters=[{"id": "dora"}, {"id": "alpha"}])
+    assert refused.value.status == 400
+    assert "DoRA" in refused.value.body["error"]["message"]
+
+
+def test_a_merged_adapter_equals_the_sum(server: Server) -> None:
+    parts = [{"id": "alpha", "weight": 0.7}, {"id": "beta", "weight": -0.4}]
+    server.post("/v1/adapters/merge", {"name": "merged", "adapters": parts, "method": "cat"})
+    expected = prompt_logprobs(server, adapters=parts)
+    merged = prompt_logprobs(server, adapters=[{"id": "merged"}])
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
+    assert server.get("/v1/adapters/merged")["max_rank"] == 12
+    body = {"ids": ["alpha", "beta"], "weights": [0.7, -0.4], "merge_strategy": "linear"}
+    with pytest.raises(Refused, match="rank"):
+        server.post("/generate", {"inputs": "x", "parameters": {"merged_adapters": body}})
+
+
+def test_an_adapters_own_tokenizer_and_template_are_used(
+    server: Server, two_adapters: dict[str, Path]
+) -> None:
+    path = shutil.copytree(two_adapters["alpha"], two_adapters["alpha"].parent / "talker")
+    own = tokenizer()
+    own.add_tokens(["<tool>"], special_tokens=True)
+    own.chat_template = "{% for message in messages %}<tool>{{ message.content }}{% endfor %}"
+    own.save_pretrained(path)
+    server.post("/v1/load_lora_adapter", {"lora_name": "talker", "lora_path": str(path)})
+    ids = server.post("/tokenize", {"model": "talker", "prompt": "<tool>hi"})["tokens"]
+    assert len(ids) == 3
+    assert len(server.post("/tokenize", {"model": "alpha", "prompt": "<tool>hi"})["tokens"]) == 8
+    messages = [{"role": "user", "content": "hi"}]
+    chat = server.post(
+        "/v1/chat/completions", {"model": "talker", "messages": messages, "temperature": 0, "max_tokens": 8}
+    )
+    assert chat["usage"]["prompt_tokens"] == 3
+    by_ids = server.complete("talker", ids)["choices"][0]["text"]
+    assert chat["choices"][0]["message"]["content"] == by_ids
+    assert server.complete("talker", "<tool>hi")["choices"][0]["text"] == by_ids
+
+
 @pytest.mark.parametrize(
-    ("extra", "named"),
+    ("change", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"r": 5}, "rank"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(
     server: Server,
     two_adapters: dict[str, Path],
-    tiny_model: Callable[[str], Path],
-    extra: dict[str, Any],
+    change: dict[str, Any],
     named: str,
 ) -> None:
-    name = next(iter(extra))
-    targets = tuple(extra.get("target_modules", ("q_proj",)))
-    extra = {key: value for key, value in extra.items() if key != "target_modules"}
-    path = two_adapters["alpha"].parent / name
-    build_adapter(tiny_model("llama"), path, AdapterRecipe(2, targets=targets, extra=extra), seed=3)
+    name = f"refused-{next(iter(change))}"
+    path = shutil.copytree(two_adapters["alpha"], two_adapters["alpha"].parent / name)
+    config = json.loads((path / "adapter_config.json").read_text()) | change
+    (path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(Refused) as refused:
         server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
     assert refused.value.status == 422

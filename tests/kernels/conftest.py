@@ -19,17 +19,33 @@ def _seeded() -> None:
 
 @pytest.fixture
 def make_adapter() -> MakeAdapter:
-    """Weights of one adapter at a site whose linears have the outputs `widths`; rank 0 leaves one out."""
+    """Weights of one adapter at a site whose linears have the outputs `widths`.
+
+    Rank 0 leaves a linear out, or without A and B where it has a scale or a shift.
+    """
 
     def make(
-        ranks: Sequence[int], in_features: int, widths: Sequence[int], dtype: torch.dtype = torch.float32
+        ranks: Sequence[int],
+        in_features: int,
+        widths: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        scale: bool = False,
+        shift: bool = False,
     ) -> LoraWeights:
         parts = []
         rank_offset = out_offset = 0
         for rank, width in zip(ranks, widths, strict=True):
-            if rank:
-                b = torch.randn(rank, width) / rank**0.5
-                parts.append(LoraPart(rank_offset, out_offset, b.to(dtype)))
+            if rank or scale or shift:
+                b = torch.randn(rank, width) / max(rank, 1) ** 0.5
+                part = LoraPart(
+                    rank_offset,
+                    out_offset,
+                    b.to(dtype),
+                    1 + torch.randn(width) / 4 if scale else None,
+                    torch.randn(width) if shift else None,
+                )
+                parts.append(part)
             rank_offset += rank
             out_offset += width
         a = torch.randn(rank_offset, in_features) / in_features**0.5

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.kernels.load import load
-from loraplex.kernels.ops import Entries, LoraPart, LoraWeights, route
-from loraplex.kernels.reference import reference_delta
+from loraplex.kernels.ops import EmbeddingLora, Entries, LoraPart, LoraWeights, route
+from loraplex.kernels.reference import reference_embedding, reference_lora
 
 entry_lists = st.lists(
     st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1.0, 0.5, -2.0])), max_size=3).map(tuple),
@@ -63,19 +63,38 @@ def test_the_oracle_is_the_dense_product_of_b_and_a() -> None:
     torch.manual_seed(0)
     a, b_first, b_last = torch.randn(5, 6), torch.randn(2, 4), torch.randn(3, 7)
     weights = LoraWeights(a, (LoraPart(0, 0, b_first), LoraPart(2, 9, b_last)))
-    x = torch.randn(3, 6)
-    delta = reference_delta(x, [((4, -2.0),), (), ((4, 1.0), (4, 0.5), (9, 1.0))], {4: weights}, 16)
+    x, y = torch.randn(3, 6), torch.randn(3, 16)
+    got = reference_lora(y, x, [((4, -2.0),), (), ((4, 1.0), (4, 0.5), (9, 1.0))], {4: weights})
     dense = torch.zeros(6, 16, dtype=torch.float64)
     dense[:, 0:4] = a[:2].double().T @ b_first.double()
     dense[:, 9:16] = a[2:].double().T @ b_last.double()
     want = (x.double() @ dense) * torch.tensor([[-2.0], [0.0], [1.5]], dtype=torch.float64)
-    assert delta.dtype == torch.float64
-    torch.testing.assert_close(delta, want, rtol=1e-12, atol=1e-12)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, y.double() + want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_oracle_scales_the_base_alone_and_weighs_the_shift() -> None:
+    scale, shift = torch.tensor([2.0, -1.0]), torch.tensor([10.0, 20.0])
+    part = LoraPart(0, 1, torch.tensor([[1.0, 3.0]]), scale, shift)
+    weights = LoraWeights(torch.tensor([[5.0]]), (part,))
+    y = torch.tensor([[7.0, 7.0, 7.0]])
+    got = reference_lora(y, torch.tensor([[1.0]]), [((0, 0.5),)], {0: weights})
+    assert got.tolist() == [[7.0, 2 * 7 + 0.5 * (10 + 5), -7 + 0.5 * (20 + 15)]]
+    bare = LoraWeights(torch.zeros(0, 1), (LoraPart(0, 1, torch.zeros(0, 2), scale),))
+    got = reference_lora(y, torch.tensor([[1.0]]), [((0, 0.5),)], {0: bare})
+    assert got.tolist() == [[7.0, 14.0, -7.0]]
+
+
+def test_the_oracle_looks_tokens_up_in_a() -> None:
+    own = EmbeddingLora(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 1.0]))
+    e = torch.full((3, 2), 10.0)
+    got = reference_embedding(e, torch.tensor([1, 1, 2]), [((0, 0.5),), (), ((0, 1.0),)], {0: own})
+    assert got.tolist() == [[20 + 0.5 * 6, 10 + 0.5 * 10], [10, 10], [20, 10]]
 
 
 def test_the_oracle_wants_one_entry_list_a_row() -> None:
     with pytest.raises(ValueError, match="1 entry lists for 2 rows"):
-        reference_delta(torch.zeros(2, 3), [()], {}, 3)
+        reference_lora(torch.zeros(2, 3), torch.zeros(2, 3), [()], {})
 
 
 def test_load_gives_the_cpu_backend_and_refuses_others_by_name() -> None:

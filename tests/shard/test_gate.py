@@ -17,7 +17,7 @@ from loraplex.shard.errors import ModelRefused
 
 SERVED = [
     "llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3",
-    "phi3", "gpt2", "gpt_neox", "opt", "mixtral",
+    "phi3", "gpt2", "gpt_neox", "opt", "mixtral", "qwen3_moe",
 ]  # fmt: skip
 
 
@@ -29,7 +29,8 @@ def config(directory: Path, **changes: object) -> ShardConfig:
 def test_serves_models_whose_attention_can_be_paged(kind: str, tiny_model: Callable[[str], Path]) -> None:
     loaded = load.load_model(config(tiny_model(kind)))
     assert loaded.vocab_size == 300
-    assert loaded.layout.targets
+    assert [target.is_head for target in loaded.layout.linears].count(True) == 1
+    assert len(loaded.layout.embeddings) == 1
 
 
 @pytest.mark.parametrize(

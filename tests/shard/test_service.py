@@ -64,9 +64,10 @@ def loaded(config: ShardConfig) -> LoadedModel:
 async def serving(config: ShardConfig, loaded: LoadedModel) -> AsyncIterator[Live]:
     thread = DeviceThread()
     thread.start()
-    for table in loaded.tables:
-        table.clear()
-    pool = AdapterPool(loaded.tables, slots=SLOTS, budget=config.adapter_memory)
+    for site in loaded.sites:
+        for slot in range(SLOTS):
+            site.drop(slot)
+    pool = AdapterPool(loaded.sites, slots=SLOTS, budget=config.adapter_memory)
     rows = RowTable(8, 64)
     engine = StepEngine(
         loaded.model,
@@ -76,7 +77,7 @@ async def serving(config: ShardConfig, loaded: LoadedModel) -> AsyncIterator[Liv
         device=loaded.device,
         slot_is_resident=lambda slot: pool.digest_of(slot) is not None,
     )
-    store = AdapterStore(AdapterWorker(loaded.layout), HostCache(config.host_adapter_memory))
+    store = AdapterStore(AdapterWorker(loaded.layout, loaded.base), HostCache(config.host_adapter_memory))
     fatal: list[str] = []
     service = ShardService(
         info=describe(config, loaded),
@@ -156,6 +157,63 @@ async def test_an_adapter_is_downloaded_loaded_named_and_unloaded(
         assert base.rows[0].tokens != adapted.rows[0].tokens
         assert (await live.stub.UnloadAdapter(pb.UnloadAdapterRequest(slot=2))).bytes == reply.bytes
         assert live.fatal == []
+
+
+def merge_request(*digests: str, method: str = "cat") -> pb.DownloadAdapterRequest:
+    parts = [pb.MergeRecipe.Part(digest=digest, weight=0.5) for digest in digests]
+    return pb.DownloadAdapterRequest(
+        source=pb.DownloadAdapterRequest.MERGED,
+        id="mix",
+        merge=pb.MergeRecipe(parts=parts, method=method),
+    )
+
+
+async def test_downloaded_adapters_can_be_merged(
+    config: ShardConfig,
+    loaded: LoadedModel,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    base = tiny_model("llama")
+    directories = [
+        build_adapter(base, tmp_path / f"{rank}", AdapterRecipe(rank), seed=rank) for rank in (2, 3)
+    ]
+    async with serving(config, loaded) as live:
+        parts = [(await download(live, directory)).digest for directory in directories]
+        events = [event async for event in live.stub.DownloadAdapter(merge_request(*parts))]
+        manifest = events[-1].manifest
+        assert manifest.max_rank == 5
+        reply = await live.stub.LoadAdapter(pb.LoadAdapterRequest(digest=manifest.digest, slot=0))
+        assert reply.modules == manifest.modules > 0
+        for request, said in (
+            (merge_request(parts[0], "f" * 64), "ADAPTER_NOT_FOUND"),
+            (merge_request(*parts, method="average"), "ADAPTER_REJECTED"),
+            (merge_request(*parts, method="linear"), "ADAPTER_REJECTED"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="adapter 'mix'") as caught:
+                [event async for event in live.stub.DownloadAdapter(request)]
+            assert reason(caught.value) == said
+        assert live.fatal == []
+
+
+async def test_a_directory_named_in_a_request_stays_below_its_root(
+    config: ShardConfig, loaded: LoadedModel, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    outside = build_adapter(tiny_model("llama"), tmp_path / "outside", AdapterRecipe(2), seed=1)
+    inside = tmp_path / "root" / "inside"
+    inside.mkdir(parents=True)
+    for path in outside.iterdir():
+        (inside / path.name).symlink_to(path)
+    request = pb.DownloadAdapterRequest(
+        source=pb.DownloadAdapterRequest.LOCAL, id=str(inside), root=str(tmp_path / "root")
+    )
+    async with serving(config, loaded) as live:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"adapter_config\.json is a link") as caught:
+            [event async for event in live.stub.DownloadAdapter(request)]
+        assert reason(caught.value) == "ADAPTER_REJECTED"
+        assert (await download(live, inside)).max_rank == 2, "the operator's own may link to anywhere"
 
 
 async def test_adapters_that_cannot_be_had_end_in_typed_errors(

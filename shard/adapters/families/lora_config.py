@@ -1,16 +1,16 @@
-"""`adapter_config.json`: read it, refuse by name what is not served, keep what decides rank and scale."""
+"""`adapter_config.json` of a LORA adapter: read it, refuse by name what is not served, keep what decides."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from ..errors import AdapterRejected
-from .matching import (
+from ...errors import AdapterRejected
+from ..matching import (
     ModuleFilter,
     PatternTable,
     Selection,
@@ -21,31 +21,22 @@ from .matching import (
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
+DEFAULT_QALORA_GROUP = 16
 """What PEFT takes where the config says nothing."""
 
-_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+_LARGEST_RANK = 2**20
+_LARGEST_ALPHA = 1e30
+_LARGEST_TOKEN = 2**31 - 1
+"""Bounds that only a damaged config exceeds."""
+
 _CONVERT = "save it converted (path_initial_model_for_weight_conversion) or merge it into plain LoRA"
 _MERGE = "merge it into plain LoRA weights first"
-_RETRAIN = "train or export it without"
 
-_REFUSED: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA is not served yet", _MERGE),
-    "lora_bias": ("biases of LoRA's own are not served yet", f"{_RETRAIN} lora_bias"),
-    "modules_to_save": (
-        "whole modules in place of the base's are not served yet",
-        f"{_RETRAIN} modules_to_save",
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    "layer_replication": (
+        "it runs on a deeper model, made of the base's layers; that is not served",
+        "merge it and the replicated base into a model of its own",
     ),
-    "target_parameters": ("LoRA on expert parameters is not served yet", f"{_RETRAIN} target_parameters"),
-    "trainable_token_indices": (
-        "trained token embeddings are not served yet",
-        f"{_RETRAIN} trainable_token_indices",
-    ),
-    "ensure_weight_tying": ("LoRA on tied embeddings is not served yet", f"{_RETRAIN} ensure_weight_tying"),
-    "layer_replication": ("a base with replicated layers is not served", f"{_RETRAIN} layer_replication"),
-    "alora_invocation_tokens": ("activated LoRA (aLoRA) is not served yet", f"{_RETRAIN} invocation tokens"),
-    "use_qalora": ("QA-LoRA is not served yet", _MERGE),
-    "use_bdlora": ("block-diagonal LoRA is not served yet", _MERGE),
-    "kasa_config": ("KaSA edits the base's weights", _CONVERT),
     "arrow_config": ("Arrow routes between other adapters", "name those adapters in the request instead"),
     "enable_lora": ("grouped (merged-linear) LoRA is not served", "export it with a current version of PEFT"),
 }
@@ -56,10 +47,31 @@ _INFORMATIONAL = frozenset(
         "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version",
         "lora_dropout", "fan_in_fan_out", "merge_weights", "megatron_config", "megatron_core",
         "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-        "monteclora_config", "velora_config", "qalora_group_size",
+        "monteclora_config", "velora_config",
     }
 )  # fmt: skip
-"""Fields that do not change the forward pass: how it was trained, or settled by another field."""
+"""Fields that do not change the forward pass: how it was trained, or settled by other fields."""
+
+_EXCLUSIVE = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "alora_invocation_tokens")
+
+_PLAIN_INITS = frozenset({"", "true", "false", "gaussian", "orthogonal", "eva", "mica", "lora_ga"})
+_RESIDUAL_INITS = {"pissa": "pissa", "olora": "olora"}
+_KINDS = {"pissa": "PiSSA", "olora": "OLoRA", "kasa": "KaSA"}
+
+_LORA_GA = (
+    "it was trained with LoRA-GA, which changes the base's weights; served are A and B on the unchanged "
+    "base, as PEFT loads it, and its answers may be poor: save it converted "
+    "(path_initial_model_for_weight_conversion)"
+)
+_RANDOMISED = (
+    "it was initialised with a randomised SVD (pissa_niter); the exact SVD is used, which differs slightly"
+)
+
+
+class _BlockDiagonal(msgspec.Struct):
+    """`use_bdlora`. Which side has blocks is what the tensors show."""
+
+    nblocks: int = 1
 
 
 class _Fields(msgspec.Struct):
@@ -77,11 +89,22 @@ class _Fields(msgspec.Struct):
     layers_pattern: str | list[str] | None = None
     bias: str | None = None
     init_lora_weights: bool | str | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool | None = None
+    target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool | None = None
+    qalora_group_size: int | None = None
+    use_bdlora: _BlockDiagonal | None = None
+    kasa_config: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
-    """What a config decides: expected rank and scale of each module, and which modules it applies to."""
+    """What a config decides: rank and scale of each module, which modules it applies to, the variant."""
 
     rank: int
     alpha: float
@@ -89,7 +112,25 @@ class LoraSpec:
     rank_pattern: PatternTable[int]
     alpha_pattern: PatternTable[float]
     selection: Selection
+    kind: str
     warnings: tuple[str, ...]
+    dora: bool
+    lora_bias: bool
+    residual: str
+    """"pissa", "olora" or "kasa": A and B go with a base that lacks a part of its own. Else empty."""
+    qalora_group: int
+    """Columns of the base that share one column of A; 1 without QA-LoRA."""
+    blocks: int
+    """Blocks on the diagonal of A or B; 1 without BD-LoRA."""
+    saved: tuple[str, ...]
+    """`modules_to_save`: ends of the paths of modules that were trained as a whole."""
+    tokens: Mapping[str, tuple[int, ...]]
+    """Trained token rows: indices by the end of a module's path; "" stands for the embedding."""
+    tied: bool
+    """`ensure_weight_tying`: what is done to the embedding is done to a head that shares its weight."""
+    invocation_tokens: tuple[int, ...]
+    parameters: tuple[str, ...]
+    """`target_parameters`: ends of the paths of experts' parameters."""
 
     def rank_of(self, module: str) -> int:
         return self.rank_pattern.lookup(module, self.rank)
@@ -99,80 +140,128 @@ class LoraSpec:
         rank = self.rank_of(module)
         return self.alpha_pattern.lookup(module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names this module. PEFT compares ends, not whole segments."""
+        return module.endswith(self.saved)
 
-def parse_config(data: bytes) -> LoraSpec:
-    """Read `adapter_config.json`. Raises AdapterRejected naming the field, the reason and the remedy."""
-    raw = _decode(data)
-    _check_type(raw)
+
+def parse_config(raw: Mapping[str, Any]) -> LoraSpec:
+    """Read a decoded `adapter_config.json`. Raises AdapterRejected naming field, reason and remedy."""
+    _refuse_variants(raw)
     fields = _convert(raw)
-    _refuse_variants(raw, fields)
-    rank = DEFAULT_RANK if fields.r is None else fields.r
-    alpha = DEFAULT_ALPHA if fields.lora_alpha is None else fields.lora_alpha
-    rank_patterns, alpha_patterns = fields.rank_pattern or {}, fields.alpha_pattern or {}
-    for name, value in [
-        ("r", rank),
-        *((f"rank_pattern[{key!r}]", value) for key, value in rank_patterns.items()),
-    ]:
-        if value < 1:
-            raise AdapterRejected(f"{name} is {value}; a rank is at least 1")
+    _check_values(fields)
+    residual, init_warnings = _initialisation(fields)
     return LoraSpec(
-        rank=rank,
-        alpha=alpha,
+        rank=DEFAULT_RANK if fields.r is None else fields.r,
+        alpha=DEFAULT_ALPHA if fields.lora_alpha is None else fields.lora_alpha,
         rslora=bool(fields.use_rslora),
-        rank_pattern=pattern_table("rank_pattern", rank_patterns),
-        alpha_pattern=pattern_table("alpha_pattern", alpha_patterns),
+        rank_pattern=pattern_table("rank_pattern", fields.rank_pattern),
+        alpha_pattern=pattern_table("alpha_pattern", fields.alpha_pattern),
         selection=_selection(fields),
-        warnings=_unknown_fields(raw),
+        kind=_kind(fields, residual),
+        warnings=init_warnings + _unknown_fields(raw),
+        dora=bool(fields.use_dora),
+        lora_bias=bool(fields.lora_bias),
+        residual=residual,
+        qalora_group=(fields.qalora_group_size or DEFAULT_QALORA_GROUP) if fields.use_qalora else 1,
+        blocks=fields.use_bdlora.nblocks if fields.use_bdlora else 1,
+        saved=tuple(fields.modules_to_save or ()),
+        tokens=_tokens(fields.trainable_token_indices),
+        tied=bool(fields.ensure_weight_tying),
+        invocation_tokens=tuple(fields.alora_invocation_tokens or ()),
+        parameters=tuple(fields.target_parameters or ()),
     )
 
 
-def _decode(data: bytes) -> dict[str, Any]:
-    try:
-        raw = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise AdapterRejected(f"adapter_config.json is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise AdapterRejected("adapter_config.json is not a JSON object")
-    return raw
-
-
-def _check_type(raw: Mapping[str, Any]) -> None:
-    peft_type = raw.get("peft_type")
-    if isinstance(peft_type, str) and peft_type.upper() == "LORA":
-        return
-    if peft_type is None and ("fine_tune_type" in raw or "lora_parameters" in raw):
-        raise AdapterRejected("this is an MLX adapter, which is not served yet; convert it to PEFT's format")
-    if peft_type is None:
-        raise AdapterRejected("adapter_config.json has no peft_type; LORA is served")
-    raise AdapterRejected(f"peft_type {str(peft_type)[:40]!r} is not served; convert it to LORA")
-
-
 def _convert(raw: Mapping[str, Any]) -> _Fields:
+    # A variant that is off may be written as false or as an empty container.
+    known = {name: value for name, value in raw.items() if value or name not in ("use_bdlora", "kasa_config")}
     try:
-        return msgspec.convert(raw, _Fields)
+        return msgspec.convert(known, _Fields)
     except msgspec.ValidationError as error:
         raise AdapterRejected(f"adapter_config.json: {error}") from error
 
 
-def _refuse_variants(raw: Mapping[str, Any], fields: _Fields) -> None:
+def _refuse_variants(raw: Mapping[str, Any]) -> None:
     for name, (reason, remedy) in _REFUSED.items():
         if raw.get(name):
             raise AdapterRejected(f"{name} is set: {reason}; {remedy}")
-    if fields.bias not in (None, "none"):
-        raise AdapterRejected(
-            f"bias is {fields.bias!r}: biases in place of the base's are not served yet; {_RETRAIN} bias"
-        )
-    init = fields.init_lora_weights
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        raise AdapterRejected(
-            f"init_lora_weights is {init[:40]!r}, which edits the base's weights; {_CONVERT}"
-        )
     known = _INFORMATIONAL | _Fields.__annotations__.keys()
     for name, value in raw.items():
         if value and name not in known and (name.startswith("use_") or name.endswith("_config")):
             raise AdapterRejected(
                 f"{name[:60]} is set and not known here; {_MERGE}, or remove it if it has no effect"
             )
+
+
+def _check_values(fields: _Fields) -> None:
+    ranks = {"r": fields.r, "qalora_group_size": fields.qalora_group_size}
+    ranks |= {f"rank_pattern[{key!r}]": value for key, value in (fields.rank_pattern or {}).items()}
+    if fields.use_bdlora:
+        ranks["use_bdlora.nblocks"] = fields.use_bdlora.nblocks
+    for name, value in ranks.items():
+        if value is not None and not 1 <= value <= _LARGEST_RANK:
+            raise AdapterRejected(
+                f"{name} is {str(value)[:40]}; it is at least 1 and at most {_LARGEST_RANK}; "
+                "correct adapter_config.json"
+            )
+    alphas = {"lora_alpha": fields.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": value for key, value in (fields.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if alpha is not None and abs(alpha) > _LARGEST_ALPHA:
+            raise AdapterRejected(f"{name} is {alpha:g}, beyond any scale; correct adapter_config.json")
+    if fields.bias not in (None, "none", "all", "lora_only"):
+        raise AdapterRejected(f"bias is {fields.bias[:40]!r}; PEFT knows none, all and lora_only")
+    _check_tokens("alora_invocation_tokens", fields.alora_invocation_tokens or ())
+    _check_variants(fields)
+
+
+def _check_tokens(name: str, tokens: Sequence[int]) -> None:
+    if any(not 0 <= token <= _LARGEST_TOKEN for token in tokens):
+        raise AdapterRejected(f"{name} has a number that is no token id; correct adapter_config.json")
+
+
+def _check_variants(fields: _Fields) -> None:
+    variants = [name for name in _EXCLUSIVE if getattr(fields, name)]
+    if fields.use_dora and fields.lora_bias:
+        variants.append("lora_bias")
+    if len(variants) > 1:
+        raise AdapterRejected(
+            f"{' and '.join(variants)} are set at once, which PEFT does not combine; "
+            "correct adapter_config.json"
+        )
+
+
+def _initialisation(fields: _Fields) -> tuple[str, tuple[str, ...]]:
+    """Which part of the base A and B go without, and what to warn of."""
+    if fields.kasa_config:
+        return "kasa", ()
+    init = fields.init_lora_weights
+    name = "" if init is None else str(init).lower()
+    if name in _PLAIN_INITS:
+        return "", (_LORA_GA,) if name == "lora_ga" else ()
+    if name.startswith("pissa_niter_"):
+        return "pissa", (_RANDOMISED,)
+    if name in _RESIDUAL_INITS:
+        return _RESIDUAL_INITS[name], ()
+    raise AdapterRejected(
+        f"init_lora_weights is {name[:40]!r}, which changes the base's weights in a way that cannot be "
+        f"repeated; {_CONVERT}"
+    )
+
+
+def _kind(fields: _Fields, residual: str) -> str:
+    if fields.alora_invocation_tokens:
+        return "aLoRA"
+    if fields.use_dora:
+        return "DoRA"
+    if residual:
+        return f"{_KINDS[residual]} as LoRA"
+    if fields.use_qalora:
+        return "QA-LoRA as LoRA"
+    if fields.use_bdlora:
+        return "BD-LoRA as LoRA"
+    return "rsLoRA" if fields.use_rslora else "LoRA"
 
 
 def _unknown_fields(raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -199,3 +288,13 @@ def _targets(value: str | list[str] | None) -> ModuleFilter | None:
     if value is None or (isinstance(value, str) and value.lower() == "all-linear"):
         return None
     return module_filter("target_modules", value)
+
+
+def _tokens(value: Sequence[int] | Mapping[str, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
+    """Raises AdapterRejected where an index is no token id or there twice."""
+    tokens = dict(value) if isinstance(value, Mapping) else {"": value} if value else {}
+    for indices in tokens.values():
+        _check_tokens("trainable_token_indices", indices)
+        if len(set(indices)) < len(indices):
+            raise AdapterRejected("trainable_token_indices names a token twice; correct adapter_config.json")
+    return {module: tuple(indices) for module, indices in tokens.items()}

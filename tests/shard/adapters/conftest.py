@@ -15,7 +15,7 @@ from loraplex.shard.adapters.retry import RetryPolicy
 from loraplex.shard.adapters.worker import AdapterWorker
 
 from ...fakes.hub import FakeHub
-from .layouts import TOY
+from .layouts import NO_WEIGHTS, TOY
 
 FAST = WorkerSettings(limits=FileLimits(config=10_000), retry=RetryPolicy(base_delay=0.01, max_delay=0.5))
 
@@ -44,7 +44,7 @@ def hub_home(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def worker(hub_home: Path) -> AsyncIterator[AdapterWorker]:
-    worker = AdapterWorker(TOY, settings=FAST)
+    worker = AdapterWorker(TOY, NO_WEIGHTS, settings=FAST)
     await worker.start()
     yield worker
     await worker.stop()

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import save
-from transformers.pytorch_utils import Conv1D
 
-from loraplex.shard.adapters.digest import weight_digest
-from loraplex.shard.adapters.layout import AdapterLayout, BaseWeight, Target
+from loraplex.kernels.cpu import CpuLoraOps
+from loraplex.shard.adapters.base_tensors import BaseTensors
+from loraplex.shard.adapters.changes import Change, ParsedAdapter
+from loraplex.shard.adapters.layout import AdapterLayout, Target
+from loraplex.shard.kv import KvCache
+from loraplex.shard.model import Specialised, specialise
+from loraplex.shard.trace import trace
 
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+def specialised(model: torch.nn.Module, *, max_rank: int = 64, blocks: int = 2) -> Specialised:
+    """A copy of a transformers model as a shard serves it, with blocks of 16 tokens for keys and values."""
+    copied = copy.deepcopy(model)
+    seen = trace(copied)
+    dtype = next(copied.parameters()).dtype
+    kv = KvCache(seen.layers, blocks=blocks, block_size=16, dtype=dtype, device=torch.device("cpu"))
+    return specialise(copied, seen, kv=kv, ops=CpuLoraOps(), max_rank=max_rank)
 
 
 def layout_of(model: torch.nn.Module, *, dtype: str = "float32", max_rank: int = 64) -> AdapterLayout:
-    """Every linear of a transformers model; q/k/v and gate/up share a site."""
-    sites: dict[tuple[str, str], int] = {}
-    widths: dict[int, int] = {}
-    targets, others = [], []
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D):
-            if next(module.parameters(recurse=False), None) is not None:
-                others.append(name)
-            continue
-        parent, _, leaf = name.rpartition(".")
-        group = next((group[0] for group in _SHARED_INPUT if leaf in group), leaf)
-        site = sites.setdefault((parent, group), len(sites))
-        transposed = isinstance(module, Conv1D)
-        out_features, in_features = module.weight.shape[::-1] if transposed else module.weight.shape
-        offset = widths.get(site, 0)
-        widths[site] = offset + out_features
-        targets.append(Target(name, site, in_features, out_features, offset, transposed))
-    head = model.get_output_embeddings().weight.detach().to(getattr(torch, dtype)).contiguous()
-    digest = weight_digest(head.view(torch.uint8).numpy().tobytes())
-    return AdapterLayout(tuple(targets), tuple(others), dtype, max_rank, (BaseWeight("lm_head", digest),))
+    """What adapters can change in a transformers model; weights are packed as `dtype`."""
+    return replace(specialised(model, max_rank=max_rank).layout, dtype=dtype)
+
+
+def base_of(model: torch.nn.Module) -> BaseTensors:
+    """The weights of a transformers model as readers of adapters ask for them."""
+    return BaseTensors(specialised(model).parameters)
+
+
+def changes_of(adapter: ParsedAdapter) -> dict[str, Change]:
+    """Every change of an adapter that makes one to each of its targets, by the target's name."""
+    changes = {placed.target.name: placed.build() for placed in adapter.placed}
+    assert len(changes) == len(adapter.placed)
+    return changes
 
 
 TOY = AdapterLayout(
-    targets=(
+    linears=(
         Target("model.layers.0.self_attn.q_proj", 0, 8, 8, 0),
         Target("model.layers.0.self_attn.k_proj", 0, 8, 4, 8),
         Target("model.layers.0.self_attn.v_proj", 0, 8, 4, 12),
@@ -54,6 +61,19 @@ TOY = AdapterLayout(
     max_rank=4,
 )
 """Four linears at two sites."""
+
+TOY_BASE = BaseTensors(
+    {
+        f"{target.name}.weight": torch.linspace(-1, 1, target.in_features * target.out_features).view(
+            target.out_features, target.in_features
+        )
+        for target in TOY.linears
+    }
+)
+"""The weights of the base that TOY describes."""
+
+NO_WEIGHTS = BaseTensors({})
+"""A base for adapters that never ask for its weights."""
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 V = "base_model.model.model.layers.0.self_attn.v_proj"

@@ -13,14 +13,14 @@ from loraplex.shard.adapters.files import FileLimits, file_sha256, git_blob_id, 
 from loraplex.shard.adapters.pack import Packer
 from loraplex.shard.errors import AdapterNotFound, AdapterRejected
 
-from .layouts import TOY, config_bytes, toy_files, toy_tensors, weights_bytes
+from .layouts import NO_WEIGHTS, TOY, config_bytes, toy_files, toy_tensors, weights_bytes
 from .test_worker import write_adapter
 
 
 def refusal(directory: Path, limits: FileLimits | None = None) -> str:
     target = directory.parent / "packed"
     with pytest.raises(AdapterRejected) as refused:
-        Packer(TOY, limits or FileLimits()).pack(directory, target)
+        Packer(TOY, limits or FileLimits()).pack(directory, target, NO_WEIGHTS)
     assert not target.exists()
     return str(refused.value)
 
@@ -31,7 +31,7 @@ def test_links_to_regular_files_are_followed(tmp_path: Path) -> None:
     snapshot.mkdir()
     for name in toy_files():
         (snapshot / name).symlink_to(blobs / name)
-    assert Packer(TOY, FileLimits()).pack(snapshot, tmp_path / "packed").modules == 2
+    assert Packer(TOY, FileLimits()).pack(snapshot, tmp_path / "packed", NO_WEIGHTS).modules == 2
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -63,17 +63,17 @@ def test_files_over_the_limit_are_refused(tmp_path: Path) -> None:
 def test_a_pickle_alone_is_refused_unopened(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "a")
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
-    assert "a pickle, which is never opened; save it as safetensors" in refusal(directory)
+    assert "a pickle, which is never opened; turn it into safetensors" in refusal(directory)
 
 
 def test_a_pickle_beside_the_weights_is_ignored(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "a", toy_files() | {"adapter_model.bin": b"junk"})
-    assert Packer(TOY, FileLimits()).pack(directory, tmp_path / "packed").modules == 2
+    assert Packer(TOY, FileLimits()).pack(directory, tmp_path / "packed", NO_WEIGHTS).modules == 2
 
 
 def test_no_directory_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFound):
-        Packer(TOY, FileLimits()).pack(tmp_path / "none", tmp_path / "packed")
+        Packer(TOY, FileLimits()).pack(tmp_path / "none", tmp_path / "packed", NO_WEIGHTS)
 
 
 def test_a_failure_half_way_leaves_no_file(tmp_path: Path) -> None:

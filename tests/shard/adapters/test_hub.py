@@ -9,12 +9,13 @@ import pytest
 
 from loraplex.shard.adapters.digest import adapter_digest
 from loraplex.shard.adapters.manifest import AdapterRequest, Source
+from loraplex.shard.adapters.weights import LinearWeights
 from loraplex.shard.adapters.worker import AdapterWorker, DownloadedAdapter
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 
 from ...fakes.hub import FakeHub
 from .conftest import FAST
-from .layouts import TOY, mentions, toy_files
+from .layouts import NO_WEIGHTS, TOY, mentions, toy_files
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -23,10 +24,10 @@ CONFIG = "adapter_config.json"
 
 
 async def fetch(
-    worker: AdapterWorker, repo: str, revision: str = "", token: str = ""
+    worker: AdapterWorker, repo: str, revision: str = "", token: str = "", subfolder: str = ""
 ) -> tuple[DownloadedAdapter, list[tuple[int, int]]]:
     progress: list[tuple[int, int]] = []
-    request = AdapterRequest(Source.HUB, repo, revision, token)
+    request = AdapterRequest(Source.HUB, repo, revision, token, subfolder=subfolder)
     downloaded = await worker.download(request, lambda done, total: progress.append((done, total)))
     return downloaded, progress
 
@@ -51,13 +52,16 @@ async def test_fetches_verifies_and_packs(worker: AdapterWorker, hub: FakeHub, h
     downloaded, progress = await fetch(worker, "org/plain")
     manifest = downloaded.manifest
     assert (manifest.digest, manifest.revision) == (digest_of(files), commit)
-    assert (manifest.modules, manifest.max_rank, manifest.warnings) == (2, 2, ())
+    assert (manifest.modules, manifest.max_rank, manifest.traits.warnings) == (2, 2, ())
     assert manifest.rank_bytes == (downloaded.packed.nbytes,)
     assert (manifest.own_tokenizer, manifest.own_chat_template) == (False, False)
     assert progress[-1] == (len(files[CONFIG]) + len(files[WEIGHTS]),) * 2
     assert hub_home in downloaded.directory.parents
     assert hub.count("README.md") == hub.count("adapter_model.bin") == 0
-    assert [part.b.shape for part in downloaded.packed.site_weights()[0].parts] == [(2, 8), (2, 4)]
+    weights = downloaded.packed.site_weights()[0]
+    assert isinstance(weights, LinearWeights)
+    assert weights.lora is not None
+    assert [part.b.shape for part in weights.lora.parts] == [(2, 8), (2, 4)]
 
 
 async def test_what_is_on_disk_is_not_fetched_again(worker: AdapterWorker, hub: FakeHub) -> None:
@@ -84,7 +88,8 @@ async def test_a_moving_name_is_resolved_and_a_commit_kept(worker: AdapterWorker
 async def test_own_tokenizer_and_template_come_along(worker: AdapterWorker, hub: FakeHub) -> None:
     hub.add(
         "org/own",
-        toy_files() | {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "vocab.txt": b""},
+        toy_files()
+        | {"tokenizer.json": b'{"model": {}}', "chat_template.jinja": b"{{ x }}", "vocab.txt": b""},
     )
     downloaded, _ = await fetch(worker, "org/own")
     assert downloaded.manifest.own_tokenizer
@@ -169,7 +174,7 @@ async def test_the_hub_away_is_no_matter_for_what_is_on_disk(worker: AdapterWork
     second, _ = await fetch(worker, "org/kept")
     assert second.manifest.digest == first.manifest.digest
     assert second.manifest.revision == first.manifest.revision
-    assert mentions(second.manifest.warnings[0], "copy on disk", "503")
+    assert mentions(second.manifest.traits.warnings[0], "copy on disk", "503")
 
 
 async def test_unknown_repositories_and_revisions_are_not_found(worker: AdapterWorker, hub: FakeHub) -> None:
@@ -229,8 +234,61 @@ async def test_a_repository_without_an_adapter_is_rejected(worker: AdapterWorker
     hub.add("org/pickled", {CONFIG: files[CONFIG], "adapter_model.bin": b"pickle"})
     with pytest.raises(AdapterRejected, match=f"no {CONFIG}"):
         await fetch(worker, "org/no-config")
-    with pytest.raises(AdapterRejected, match=rf"no {WEIGHTS}.*save it as safetensors"):
+    hub.add("org/no-weights", {CONFIG: files[CONFIG]})
+    with pytest.raises(AdapterRejected, match=r"adapter_model\.bin, a pickle.*loraplex adapters convert"):
         await fetch(worker, "org/pickled")
+    with pytest.raises(AdapterRejected, match=f"no {WEIGHTS} at its top level"):
+        await fetch(worker, "org/no-weights")
+
+
+async def test_a_sub_folder_is_an_adapter_of_its_own(
+    worker: AdapterWorker, hub: FakeHub, hub_home: Path
+) -> None:
+    top, ref, step = toy_files(seed=1), toy_files(seed=2), toy_files(seed=3)
+    files = top | {f"ref/{name}": data for name, data in ref.items()}
+    commit = hub.add("org/nested", files | {f"runs/checkpoint-9/{name}": data for name, data in step.items()})
+    for subfolder, expected in (("", top), ("ref", ref), ("runs/checkpoint-9", step)):
+        manifest = (await fetch(worker, "org/nested", subfolder=subfolder))[0].manifest
+        assert (manifest.digest, manifest.revision) == (digest_of(expected), commit)
+    pinned, _ = await fetch(worker, "org/nested", commit, subfolder="ref")
+    assert pinned.manifest.digest == digest_of(ref)
+    assert pinned.directory.name == "ref"
+    hub.break_("api/models/org/nested", status=503, times=8)
+    for subfolder, expected in (("runs/checkpoint-9", step), ("ref", ref)):
+        kept, _ = await fetch(worker, "org/nested", subfolder=subfolder)
+        assert (kept.manifest.digest, kept.manifest.revision) == (digest_of(expected), commit)
+
+
+async def test_a_repository_of_adapters_says_what_to_name(worker: AdapterWorker, hub: FakeHub) -> None:
+    files = {
+        f"{folder}/{name}": data
+        for folder in ("checkpoint-1", "runs/checkpoint-2")
+        for name, data in toy_files().items()
+    }
+    hub.add("org/checkpoints", files)
+    with pytest.raises(
+        AdapterRejected, match=r"\(checkpoint-1, runs/checkpoint-2\).*such as org/checkpoints/checkpoint-1"
+    ):
+        await fetch(worker, "org/checkpoints")
+    with pytest.raises(AdapterRejected, match=r"\(checkpoint-2\).*such as org/checkpoints/runs/checkpoint-2"):
+        await fetch(worker, "org/checkpoints", subfolder="runs")
+    with pytest.raises(AdapterNotFound, match="no folder 'ref'"):
+        await fetch(worker, "org/checkpoints", subfolder="ref")
+
+
+@pytest.mark.parametrize("subfolder", ["..", "a/../b", "/etc", "a//b", "a/", ".git", "-a", "a b", "x" * 200])
+async def test_a_sub_folder_that_is_none_is_not_found(worker: AdapterWorker, subfolder: str) -> None:
+    with pytest.raises(AdapterNotFound, match="is not a folder"):
+        await fetch(worker, "org/nested", subfolder=subfolder)
+
+
+async def test_the_weights_are_safetensors_of_either_name(worker: AdapterWorker, hub: FakeHub) -> None:
+    files = toy_files()
+    hub.add("org/both", files | {"adapters.safetensors": b"", "adapter_model.bin": b"pickle"})
+    assert (await fetch(worker, "org/both"))[0].manifest.digest == digest_of(files)
+    commit = hub.add("org/mlx", {CONFIG: files[CONFIG], "adapters.safetensors": files[WEIGHTS]})
+    assert (await fetch(worker, "org/mlx"))[0].manifest.digest == digest_of(files)
+    assert hub.count(f"org/mlx/resolve/{commit}/adapters.safetensors") == 1
 
 
 async def test_a_file_over_the_limit_is_not_fetched(worker: AdapterWorker, hub: FakeHub) -> None:
@@ -249,7 +307,7 @@ async def test_a_broken_adapter_is_rejected_by_name(worker: AdapterWorker, hub: 
 
 async def test_progress_is_reported_while_bytes_arrive(worker: AdapterWorker, hub: FakeHub) -> None:
     size = 25_000_000
-    files = toy_files() | {"tokenizer.json": bytes(size)}
+    files = toy_files() | {"tokenizer.json": b"{" + b" " * (size - 2) + b"}"}
     commit = hub.add("org/slow", files)
     hub.break_(f"org/slow/resolve/{commit}/tokenizer.json", seconds=0.5)
     began = time.monotonic()
@@ -269,7 +327,7 @@ async def test_offline_serves_what_is_on_disk(
     online, _ = await fetch(worker, "org/offline")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = sum(hub.requests.values())
-    offline = AdapterWorker(TOY, settings=FAST)
+    offline = AdapterWorker(TOY, NO_WEIGHTS, settings=FAST)
     try:
         by_name, _ = await fetch(offline, "org/offline")
         by_commit, _ = await fetch(offline, "org/offline", commit)
@@ -287,7 +345,7 @@ async def test_offline_serves_what_is_on_disk(
 
 async def test_an_unreachable_hub_is_a_failed_fetch(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    worker = AdapterWorker(TOY, settings=FAST)
+    worker = AdapterWorker(TOY, NO_WEIGHTS, settings=FAST)
     try:
         with pytest.raises(AdapterFetchFailed, match="'org/any': the hub could not be reached"):
             await fetch(worker, "org/any")

@@ -5,21 +5,35 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraplex.kernels.ops import LoraWeights
 from loraplex.shard.adapters.files import FileLimits
 from loraplex.shard.adapters.host_cache import HostCache
 from loraplex.shard.adapters.pack import Packer
 from loraplex.shard.adapters.pool import AdapterPool
-from loraplex.shard.adapters.weights import PackedAdapter, read_packed
+from loraplex.shard.adapters.weights import LinearWeights, PackedAdapter, SiteWeights, read_packed
 from loraplex.shard.errors import AdapterFetchFailed, AdapterMemoryFull, BadPlan, SlotBusy
 
-from .layouts import TOY, toy_files
+from .layouts import TOY, TOY_BASE, toy_files
 from .test_worker import write_adapter
+
+
+class Recorder:
+    """A site that keeps what it is given and does nothing with it."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, SiteWeights] = {}
+
+    def put(self, slot: int, weights: SiteWeights) -> None:
+        self.held[slot] = weights
+
+    def drop(self, slot: int) -> None:
+        self.held.pop(slot, None)
 
 
 def packed(tmp_path: Path, seed: int = 0) -> PackedAdapter:
     directory = write_adapter(tmp_path / str(seed), toy_files(seed))
     target = tmp_path / f"{seed}.packed"
-    result = Packer(TOY, FileLimits()).pack(directory, target)
+    result = Packer(TOY, FileLimits()).pack(directory, target, TOY_BASE)
     return read_packed(target, result.file.index, pin=False)
 
 
@@ -28,41 +42,56 @@ def adapter(tmp_path: Path) -> PackedAdapter:
     return packed(tmp_path)
 
 
-def pool_for(budget: int, slots: int = 4) -> AdapterPool:
-    return AdapterPool([{}, {}], slots=slots, budget=budget)
+@pytest.fixture
+def sites() -> list[Recorder]:
+    return [Recorder(), Recorder()]
+
+
+def pool_for(sites: list[Recorder], budget: int, slots: int = 4) -> AdapterPool:
+    return AdapterPool(sites, slots=slots, budget=budget)
+
+
+def lora_of(site: Recorder, slot: int) -> LoraWeights:
+    weights = site.held[slot]
+    assert isinstance(weights, LinearWeights)
+    assert weights.lora is not None
+    return weights.lora
 
 
 def test_a_truncated_packed_file_is_noticed(tmp_path: Path) -> None:
-    result = Packer(TOY, FileLimits()).pack(write_adapter(tmp_path / "a"), tmp_path / "packed")
+    result = Packer(TOY, FileLimits()).pack(write_adapter(tmp_path / "a"), tmp_path / "packed", TOY_BASE)
     path = Path(result.file.path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(AdapterFetchFailed, match="a packed adapter ended after"):
         read_packed(path, result.file.index, pin=False)
 
 
-def test_load_installs_views_and_unload_takes_them_away(adapter: PackedAdapter) -> None:
-    pool = pool_for(adapter.nbytes)
+def test_load_installs_views_and_unload_takes_them_away(
+    adapter: PackedAdapter, sites: list[Recorder]
+) -> None:
+    pool = pool_for(sites, adapter.nbytes)
     assert pool.load(2, "d", adapter) == pool.used_bytes == adapter.nbytes
     assert (pool.digest_of(2), pool.digest_of(0)) == ("d", None)
-    assert list(pool.tables[0]) == [2]
-    assert pool.tables[1] == {}
+    assert [list(site.held) for site in sites] == [[2], []]
     start = adapter.buffer.data_ptr()
-    assert start <= pool.tables[0][2].a.data_ptr() < start + adapter.nbytes, "no copy on a CPU"
+    assert start <= lora_of(sites[0], 2).a.data_ptr() < start + adapter.nbytes, "no copy on a CPU"
     assert pool.unload(2) == adapter.nbytes
-    assert (pool.tables, pool.used_bytes, pool.digest_of(2)) == ([{}, {}], 0, None)
+    assert ([site.held for site in sites], pool.used_bytes, pool.digest_of(2)) == ([{}, {}], 0, None)
     assert pool.unload(2) == 0
 
 
-def test_loading_the_same_again_changes_nothing(adapter: PackedAdapter) -> None:
-    pool = pool_for(adapter.nbytes)
+def test_loading_the_same_again_changes_nothing(adapter: PackedAdapter, sites: list[Recorder]) -> None:
+    pool = pool_for(sites, adapter.nbytes)
     pool.load(0, "d", adapter)
-    weights = pool.tables[0][0]
+    weights = sites[0].held[0]
     assert pool.load(0, "d", adapter) == pool.used_bytes == adapter.nbytes
-    assert pool.tables[0][0] is weights
+    assert sites[0].held[0] is weights
 
 
-def test_a_slot_holds_one_adapter_at_a_time(adapter: PackedAdapter, tmp_path: Path) -> None:
-    pool = pool_for(10 * adapter.nbytes)
+def test_a_slot_holds_one_adapter_at_a_time(
+    adapter: PackedAdapter, sites: list[Recorder], tmp_path: Path
+) -> None:
+    pool = pool_for(sites, 10 * adapter.nbytes)
     pool.load(0, "d", adapter)
     with pytest.raises(SlotBusy, match="slot 0 holds adapter d"):
         pool.load(0, "e", packed(tmp_path, seed=1))
@@ -71,19 +100,30 @@ def test_a_slot_holds_one_adapter_at_a_time(adapter: PackedAdapter, tmp_path: Pa
     assert pool.used_bytes == 2 * adapter.nbytes
 
 
-def test_the_budget_in_bytes_holds(adapter: PackedAdapter) -> None:
-    pool = pool_for(2 * adapter.nbytes - 1)
+def test_the_budget_in_bytes_holds(adapter: PackedAdapter, sites: list[Recorder]) -> None:
+    pool = pool_for(sites, 2 * adapter.nbytes - 1)
     pool.load(0, "d", adapter)
     with pytest.raises(AdapterMemoryFull, match=f"adapter e needs {adapter.nbytes} bytes.*--adapter-memory"):
         pool.load(1, "e", adapter)
-    assert pool.tables[0].keys() == {0}
+    assert sites[0].held.keys() == {0}
     pool.unload(0)
     pool.load(1, "e", adapter)
 
 
+def test_clear_empties_every_slot(adapter: PackedAdapter, sites: list[Recorder]) -> None:
+    pool = pool_for(sites, 2 * adapter.nbytes)
+    pool.load(0, "d", adapter)
+    pool.load(3, "e", adapter)
+    pool.clear()
+    assert (pool.used_bytes, pool.digest_of(0), pool.digest_of(3)) == (0, None, None)
+    assert sites[0].held == {}
+
+
 @pytest.mark.parametrize("slot", [-1, 4])
-def test_a_slot_that_does_not_exist_is_a_bad_plan(slot: int, adapter: PackedAdapter) -> None:
-    pool = pool_for(adapter.nbytes)
+def test_a_slot_that_does_not_exist_is_a_bad_plan(
+    slot: int, adapter: PackedAdapter, sites: list[Recorder]
+) -> None:
+    pool = pool_for(sites, adapter.nbytes)
     for call in (lambda: pool.load(slot, "d", adapter), lambda: pool.unload(slot)):
         with pytest.raises(BadPlan, match="0 to 3"):
             call()
@@ -111,10 +151,12 @@ def test_the_host_cache_keeps_nothing_larger_than_itself(adapter: PackedAdapter)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_the_pool_has_its_own_copy(adapter: PackedAdapter) -> None:
-    pool = AdapterPool([{}, {}], slots=1, budget=adapter.nbytes, device=torch.device("cuda"))
+def test_on_a_gpu_the_pool_has_its_own_copy(adapter: PackedAdapter, sites: list[Recorder]) -> None:
+    pool = AdapterPool(sites, slots=1, budget=adapter.nbytes, device=torch.device("cuda"))
     pool.load(0, "d", adapter)
-    loaded, host = pool.tables[0][0], adapter.site_weights()[0]
+    loaded, host = lora_of(sites[0], 0), adapter.site_weights()[0]
+    assert isinstance(host, LinearWeights)
+    assert host.lora is not None
     assert loaded.a.is_cuda
-    assert torch.equal(loaded.a.cpu(), host.a)
-    assert torch.equal(loaded.parts[1].b.cpu(), host.parts[1].b)
+    assert torch.equal(loaded.a.cpu(), host.lora.a)
+    assert torch.equal(loaded.parts[1].b.cpu(), host.lora.parts[1].b)

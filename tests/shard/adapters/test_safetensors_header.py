@@ -92,10 +92,7 @@ def test_refuses_a_key_named_twice() -> None:
 
 def test_refuses_too_many_tensors() -> None:
     tensors = {str(index): entry(0, 0) for index in range(MAX_TENSORS + 1)}
-    encoded = raw_safetensors(tensors)
-    assert "claims" in refusal(encoded)
-    short = b"{" + b",".join(b'"%x":0' % index for index in range(MAX_TENSORS + 1)) + b"}"
-    assert f"{MAX_TENSORS + 1} tensors" in refusal(raw_safetensors(short))
+    assert f"{MAX_TENSORS + 1} tensors" in refusal(raw_safetensors(tensors))
 
 
 def test_a_million_tensors_are_refused_at_once() -> None:

@@ -14,7 +14,7 @@ from loraplex.shard.adapters.worker import AdapterWorker
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 
 from ...fakes.hub import FakeHub
-from .layouts import TOY, toy_files
+from .layouts import NO_WEIGHTS, TOY, toy_files
 from .test_worker import until, write_adapter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -91,7 +91,6 @@ async def test_an_unexpected_digest_is_refused(store: AdapterStore, tmp_path: Pa
 async def test_host_weights_come_from_memory(store: AdapterStore, tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "a")
     digest = (await store.download(AdapterRequest(Source.LOCAL, str(directory)), ignore)).digest
-    assert store.directory(digest) == directory
     (directory / WEIGHTS).unlink()
     first = await store.host_weights(digest)
     assert await store.host_weights(digest) is first
@@ -120,13 +119,13 @@ async def test_an_unknown_digest_is_not_found(store: AdapterStore) -> None:
     with pytest.raises(AdapterNotFound):
         await store.host_weights("f" * 64)
     with pytest.raises(AdapterNotFound):
-        store.directory("../../etc")
+        await store.own_tokenizer("../../etc")
 
 
 async def test_a_stopped_store_fails_what_is_in_progress(hub_home: Path, hub: FakeHub) -> None:
     commit = hub.add("org/stopped", toy_files(seed=8))
     hub.break_(f"org/stopped/resolve/{commit}/{WEIGHTS}", seconds=5)
-    worker = AdapterWorker(TOY)
+    worker = AdapterWorker(TOY, NO_WEIGHTS)
     store = AdapterStore(worker, HostCache(0))
     await store.start()
     download = asyncio.create_task(store.download(AdapterRequest(Source.HUB, "org/stopped"), ignore))

@@ -23,7 +23,7 @@ from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRe
 
 from ...fakes.hub import FakeHub
 from .conftest import FAST
-from .layouts import TOY, config_bytes, toy_files, toy_tensors, weights_bytes
+from .layouts import NO_WEIGHTS, TOY, config_bytes, toy_files, toy_tensors, weights_bytes
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -34,7 +34,7 @@ HANGING_PATTERN = r"(([a-z0-9_]+\.?)+)+!"
 @pytest_asyncio.fixture(loop_scope="module")
 async def own_worker(hub_home: Path) -> AsyncIterator[AdapterWorker]:
     """A worker that its test may maltreat."""
-    worker = AdapterWorker(TOY, settings=FAST, silence=4.0)
+    worker = AdapterWorker(TOY, NO_WEIGHTS, settings=FAST, silence=4.0)
     yield worker
     await worker.stop()
 
@@ -93,11 +93,6 @@ async def test_an_adapter_is_packed_again_while_its_files_are_the_same(
         AdapterRejected, match=f"adapter 'a': its files have changed.*{first.manifest.digest}"
     ):
         await worker.pack("a", directory, first.manifest.digest)
-
-
-async def test_s3_is_refused(worker: AdapterWorker) -> None:
-    with pytest.raises(AdapterRejected, match="s3 sources are not served yet"):
-        await worker.download(AdapterRequest(Source.S3, "s3://bucket/key"), lambda done, total: None)
 
 
 async def test_errors_keep_their_type_and_name_the_adapter(worker: AdapterWorker, tmp_path: Path) -> None:
@@ -201,7 +196,7 @@ async def test_a_command_that_does_not_run_is_a_failed_fetch(tmp_path: Path) -> 
         (("false",), r"ended \(status 1\)"),
         (("sh", "-c", "echo nonsense; cat"), "broke its protocol and was killed"),
     ):
-        worker = AdapterWorker(TOY, command=command)
+        worker = AdapterWorker(TOY, NO_WEIGHTS, command=command)
         with pytest.raises(AdapterFetchFailed, match=match):
             await local(worker, directory)
         await worker.stop()
@@ -211,11 +206,12 @@ async def test_no_orphan_remains_when_the_parent_is_killed(tmp_path: Path) -> No
     script = textwrap.dedent(
         """
         import asyncio
+        from loraplex.shard.adapters.base_tensors import BaseTensors
         from loraplex.shard.adapters.layout import AdapterLayout
         from loraplex.shard.adapters.worker import AdapterWorker
 
         async def main():
-            worker = AdapterWorker(AdapterLayout((), (), "float32", 8))
+            worker = AdapterWorker(AdapterLayout((), "float32", 8), BaseTensors({}))
             await worker.start()
             print(worker.pid, flush=True)
             await asyncio.sleep(60)

@@ -1,0 +1,1 @@
+"""How each family of adapters is read: its config and tensors in, changes to the base out."""
