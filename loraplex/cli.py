@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, lifeline
+from .adapter_tools.commands import adapters
+from .adapter_tools.errors import ToolFailed
 from .launch import LaunchFailed, serve
 from .router.config import RouterConfig
 from .settings import REQUIRED, ROUTER, SERVE, SHARD, Setting, SettingError, build, read_file, split_serve
@@ -25,6 +27,7 @@ _ELSEWHERE = (
 )
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(adapters, name="adapters")
 
 
 def main() -> None:
@@ -40,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(CONFIGURATION_ERROR, error.format_message())
     except SettingError as error:
         return _fail(CONFIGURATION_ERROR, str(error))
-    except LaunchFailed as error:
+    except (LaunchFailed, ToolFailed) as error:
         return _fail(error.code, str(error))
     return int(code or 0)
 

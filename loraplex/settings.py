@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .router.config import AdapterSpec, RouterConfig
+from .router.config import MAX_SCALING, AdapterSpec, RouterConfig
 from .shard.config import ShardConfig
 
 REQUIRED = object()
@@ -23,6 +23,9 @@ REQUIRED = object()
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SWITCH = {"on": True, "true": True, "off": False, "false": False}
+_SCALING = ",scaling="
+"""Between an adapter's source and its scaling. What comes after the last one is the number."""
 
 Config = TypeVar("Config", RouterConfig, ShardConfig)
 
@@ -72,10 +75,26 @@ def parse_size(value: object) -> int:
 def parse_adapter(value: object) -> AdapterSpec:
     if isinstance(value, AdapterSpec):
         return value
-    name, equals, source = value.partition("=") if isinstance(value, str) else ("", "", "")
+    name, equals, rest = value.partition("=") if isinstance(value, str) else ("", "", "")
+    source, given, scaling = rest.rpartition(_SCALING)
+    if not given:
+        source, scaling = rest, "1"
     if not (equals and name and source):
-        raise SettingError(f"{value!r} is not an adapter; write NAME=SOURCE")
-    return AdapterSpec(name, source)
+        raise SettingError(f"{value!r} is not an adapter; write NAME=SOURCE or NAME=SOURCE,scaling=NUMBER")
+    try:
+        return AdapterSpec(name, source, float(scaling))
+    except ValueError:
+        raise SettingError(
+            f"{value!r}: scaling must be a number between -{MAX_SCALING:g} and {MAX_SCALING:g}"
+        ) from None
+
+
+def parse_switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value in _SWITCH:
+        return _SWITCH[value]
+    raise SettingError(f"{value!r} is neither on nor off")
 
 
 def parse_readable_file(value: object) -> str:
@@ -120,6 +139,8 @@ class Setting:
         """The default as a user would type it; None where there is nothing to show."""
         if self.default is REQUIRED or self.default is None or self.default == ():
             return None
+        if isinstance(self.default, bool):
+            return _as_typed(self.default)
         if self.metavar == "BYTES" and isinstance(self.default, int) and self.default % 1024**2 == 0:
             return f"{self.default // 1024**2}MiB"
         return ", ".join(map(str, self.default)) if isinstance(self.default, tuple) else str(self.default)
@@ -163,7 +184,8 @@ _TABLE = (
     Setting(
         field="adapters",
         name="adapter",
-        help="An adapter to register; its source may lie anywhere; may be repeated.",
+        help="An adapter to register; its source may lie anywhere, and `,scaling=0.5` after it scales every "
+        "use; may be repeated.",
         metavar="NAME=SOURCE",
         parse=parse_adapter,
         many=True,
@@ -181,6 +203,12 @@ _TABLE = (
         help="A pattern of sources that requests may name, such as hub:my-org/*; may be repeated.",
         metavar="PATTERN",
         many=True,
+    ),
+    Setting(
+        field="adapter_tokenizers",
+        help="Use an adapter's own tokenizer and chat template where it ships them.",
+        metavar="on|off",
+        parse=parse_switch,
     ),
     _size("adapter_memory", "For adapters resident on the device."),
     _size("host_adapter_memory", "For adapters kept parsed in host memory."),
@@ -224,7 +252,8 @@ SHARD = settings_of(ShardConfig)
 
 _SERVED_FIELDS = (
     *("model", "revision", "served_model_name", "device", "dtype", "host", "port", "grpc_port"),
-    *("adapters", "adapter_roots", "allow_sources", "adapter_memory", "host_adapter_memory"),
+    *("adapters", "adapter_roots", "allow_sources", "adapter_tokenizers"),
+    *("adapter_memory", "host_adapter_memory"),
     *("max_adapters", "max_rank", "kv_memory", "max_model_len", "max_num_seqs"),
     *("max_step_tokens", "max_queued_requests", "max_queued_tokens", "adapter_patience"),
     *("api_key_file", "drain_timeout", "threads"),
@@ -335,7 +364,16 @@ def to_flags(config: RouterConfig | ShardConfig) -> list[str]:
         if setting.positional:
             positional = ["--", value]
             continue
-        for item in (value or ("",)) if setting.many else (value,):
-            text = f"{item.name}={item.source}" if isinstance(item, AdapterSpec) else str(item)
-            flags.append(f"{setting.flag}={text}")
+        items = (value or ("",)) if setting.many else (value,)
+        flags += [f"{setting.flag}={_as_typed(item)}" for item in items]
     return flags + positional
+
+
+def _as_typed(value: object) -> str:
+    """A value as a user would type it."""
+    if isinstance(value, AdapterSpec):
+        plain = value.scaling == 1 and _SCALING not in value.source
+        return f"{value.name}={value.source}" + ("" if plain else f"{_SCALING}{value.scaling!r}")
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)

@@ -48,7 +48,11 @@ def test_the_wheel_holds_every_module_of_a_room(wheel: set[str], room: str) -> N
 
 
 def test_the_wheel_holds_the_front_door_and_the_bundled_model(wheel: set[str]) -> None:
-    front = [*(ROOT / "loraplex").glob("*.py"), ROOT / "loraplex/py.typed"]
+    front = [
+        *(ROOT / "loraplex").glob("*.py"),
+        *(ROOT / "loraplex/adapter_tools").glob("*.py"),
+        ROOT / "loraplex/py.typed",
+    ]
     demo = [
         path for path in (ROOT / "loraplex/demo").rglob("*") if path.suffix in PACKAGED and path.is_file()
     ]
@@ -70,7 +74,7 @@ def test_every_package_is_declared() -> None:
     import tomllib
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"loraplex", "loraplex.demo"}
+    found = {"loraplex", "loraplex.adapter_tools", "loraplex.demo"}
     for room in ROOMS:
         for init in (ROOT / room).rglob("__init__.py"):
             found.add(".".join(("loraplex", *init.parent.relative_to(ROOT).parts)))

@@ -16,8 +16,10 @@ from loraplex.settings import (
     parse_count,
     parse_seconds,
     parse_size,
+    parse_switch,
     read_file,
     split_serve,
+    to_flags,
 )
 from loraplex.shard.config import ShardConfig
 
@@ -72,6 +74,49 @@ def test_adapters_need_a_name_and_a_source(typed: object) -> None:
         parse_adapter(typed)
 
 
+@pytest.mark.parametrize(
+    ("typed", "spec"),
+    [
+        ("sql=org/a,scaling=0.5", AdapterSpec("sql", "org/a", 0.5)),
+        ("sql=org/a,scaling=-2", AdapterSpec("sql", "org/a", -2.0)),
+        ("sql=/a,b=c,scaling=0", AdapterSpec("sql", "/a,b=c", 0.0)),
+        ("sql=/a,b", AdapterSpec("sql", "/a,b")),
+        ("sql=/x,scaling=2,scaling=1.0", AdapterSpec("sql", "/x,scaling=2")),
+    ],
+)
+def test_an_adapter_may_be_scaled(typed: str, spec: AdapterSpec) -> None:
+    assert parse_adapter(typed) == spec
+    (flag,) = [f for f in to_flags(router_config(adapters=(spec,))) if f.startswith("--adapter=")]
+    assert parse_adapter(flag.removeprefix("--adapter=")) == spec
+
+
+@pytest.mark.parametrize("scaling", ["", "x", "nan", "inf", "100.1", "-101"])
+def test_a_scaling_is_a_bounded_number(scaling: str) -> None:
+    with pytest.raises(SettingError, match=r"scaling must be a number between -100 and 100"):
+        parse_adapter(f"sql=org/a,scaling={scaling}")
+    with pytest.raises(SettingError, match="NAME=SOURCE"):
+        parse_adapter(f"sql=,scaling={scaling}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [("on", True), ("off", False), ("true", True), ("false", False), (False, False)]
+)
+def test_switches_are_on_or_off(typed: object, value: bool) -> None:
+    assert parse_switch(typed) is value
+    config = router_config(adapter_tokenizers=value)
+    assert ("--adapter-tokenizers=off" in to_flags(config)) is not value
+
+
+@pytest.mark.parametrize("typed", ["", "1", "yes", 1, 0, None, ["on"]])
+def test_other_switches_are_refused(typed: object) -> None:
+    with pytest.raises(SettingError, match="neither on nor off"):
+        parse_switch(typed)
+
+
+def router_config(**given: object) -> RouterConfig:
+    return RouterConfig(served_model_name="m", ranks=("x:1",), **given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("settings", "config"), [(ROUTER, RouterConfig), (SHARD, ShardConfig)])
 def test_every_field_of_a_configuration_can_be_set(settings: tuple, config: type) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(config)}
@@ -84,7 +129,7 @@ def test_every_field_of_a_configuration_can_be_set(settings: tuple, config: type
 def test_serve_takes_the_documented_flags() -> None:
     documented = {
         *("--served-model-name", "--revision", "--device", "--dtype", "--host", "--port", "--grpc-port"),
-        *("--tp", "--replicas", "--adapter", "--adapter-root", "--allow-source"),
+        *("--tp", "--replicas", "--adapter", "--adapter-root", "--allow-source", "--adapter-tokenizers"),
         *("--adapter-memory", "--host-adapter-memory", "--max-adapters", "--max-rank"),
         *("--kv-memory", "--max-model-len", "--max-num-seqs"),
         *("--max-queued-requests", "--max-queued-tokens", "--api-key-file", "--drain-timeout"),
