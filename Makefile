@@ -23,7 +23,7 @@ demo: $(STAMP)
 	@$(BIN)/loraplex demo $${DEMO_PROMPT:+--prompt="$$DEMO_PROMPT"}
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .ops import EmbeddingTable, LoraPart, LoraWeights, Routing, SiteTable
+from .ops import EmbeddingTable, LoraWeights, Routing, SiteTable
 
 _Rows = slice | torch.Tensor
 
@@ -55,23 +55,18 @@ def _apply_to_rows(
     target = y[rows]
     total = target.float()
     for adapter, weight in adapters:
-        hidden = linear(inputs, adapter.a.float()) if len(adapter.a) else inputs[:, :0]
+        hidden = linear(inputs, adapter.a.float())
         for part in adapter.parts:
-            _apply_part(total, hidden, part, weight)
+            rank, width = part.b.shape
+            columns = total[:, part.out_offset : part.out_offset + width]
+            if part.scale is not None:
+                columns.mul_(part.scale)
+            if part.shift is not None:
+                columns.add_(part.shift, alpha=weight)
+            if rank:
+                shrunk = hidden[:, part.rank_offset : part.rank_offset + rank]
+                columns.addmm_(shrunk, part.b.float(), alpha=weight)
     if isinstance(rows, torch.Tensor):
         y.index_copy_(0, rows, total.to(y.dtype))
     elif total is not target:
         target.copy_(total)
-
-
-def _apply_part(total: torch.Tensor, hidden: torch.Tensor, part: LoraPart, weight: float) -> None:
-    """Apply one linear's share, in place on `total` [count, out]; `hidden` is the site's shrunk input."""
-    rank, width = part.b.shape
-    columns = total[:, part.out_offset : part.out_offset + width]
-    if part.scale is not None:
-        columns.mul_(part.scale)
-    if part.shift is not None:
-        columns.add_(part.shift, alpha=weight)
-    if rank:
-        shrunk = hidden[:, part.rank_offset : part.rank_offset + rank]
-        columns.addmm_(shrunk, part.b.float(), alpha=weight)

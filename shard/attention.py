@@ -26,8 +26,10 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
 
 def register(function: AttentionFunction) -> None:
-    """Make transformers call `function` for every layer of models set to attention NAME. Process-wide:
-    the function itself finds the model a call belongs to."""
+    """Make transformers call `function` for every layer of models set to attention NAME.
+
+    Process-wide: the last function registered serves every such model, so a process runs one.
+    """
     AttentionInterface.register(NAME, function)
 
 

@@ -18,6 +18,7 @@ from ..proto import shard_pb2_grpc
 from .adapters.manifest import AdapterManifest, AdapterRequest, Source
 from .adapters.own_tokenizer import OwnTokenizer
 from .adapters.pool import AdapterPool
+from .adapters.progress import repeated
 from .adapters.recipe import MergePart, MergeRequest, merge_recipe
 from .adapters.store import AdapterStore
 from .device import DeviceThread
@@ -32,6 +33,9 @@ SOURCES = {
     pb.DownloadAdapterRequest.S3: Source.S3,
     pb.DownloadAdapterRequest.MERGED: Source.MERGED,
 }
+
+PROGRESS_SECONDS = 10.0
+"""A download says that it goes on at least so often, also while an adapter is converted or merged."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -88,9 +92,9 @@ class ShardService(shard_pb2_grpc.ShardServicer):
 
         download = asyncio.create_task(fetch())
         try:
-            while (step := await progress.get()) is not None:
+            async for done, total in repeated(progress, PROGRESS_SECONDS):
                 yield pb.DownloadAdapterEvent(
-                    progress=pb.DownloadProgress(bytes_done=step[0], bytes_total=step[1])
+                    progress=pb.DownloadProgress(bytes_done=done, bytes_total=total)
                 )
             yield pb.DownloadAdapterEvent(manifest=_manifest_proto(await download))
         except ShardError as error:

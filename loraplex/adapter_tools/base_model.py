@@ -144,6 +144,12 @@ class EditableBase:
         missing = set(range(self._vocab_size, len(weight))) if grown else set()
         for rows in replaced:
             if rows is not None:
+                if rows.ids is None and len(rows.weight) < len(weight):
+                    raise ToolFailed(
+                        REFUSED,
+                        f"{module}: the adapter has {len(rows.weight)} token ids, the base {len(weight)}; "
+                        "serve it instead, or merge it with PEFT into a base resized as in training",
+                    )
                 ids = _ids(rows)
                 weight[ids] = rows.weight
                 missing -= set(ids.tolist())

@@ -150,13 +150,19 @@ def _load(
         float | None, typer.Option(metavar="FACTOR", help="Multiplies every use of this name; 1 unless set.")
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it resident.")] = False,
+    hub_token: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKEN", envvar="LORAPLEX_HUB_TOKEN", help="Opens a private repository on the hub."
+        ),
+    ] = "",
     url: _Url = _URL,
     api_key: _ApiKey = "",
 ) -> int:
     """Have a server load an adapter, or a new version of it, and wait until it is resident."""
-    from .remote import Server, load
+    from .remote import Load, Server, load
 
-    load(Server(url, api_key), name, source, scaling=scaling, pin=pin)
+    load(Server(url, api_key), Load(name=name, source=source, scaling=scaling, pin=pin, hub_token=hub_token))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,9 +44,21 @@ def list_adapters(server: Server) -> None:
     asyncio.run(_list(server))
 
 
-def load(server: Server, name: str, source: str, *, scaling: float | None, pin: bool) -> None:
-    """Have the server load `source` as `name`; waits until it is resident, with a progress bar."""
-    asyncio.run(_load(server, name, source, scaling, pin))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What shall be loaded, and how."""
+
+    name: str
+    source: str
+    scaling: float | None = None
+    pin: bool = False
+    hub_token: str = field(default="", repr=False)
+    """For a private repository. An adapter loaded with one belongs to the caller's tenant alone."""
+
+
+def load(server: Server, wanted: Load) -> None:
+    """Have the server load an adapter; waits until it is resident, with a progress bar."""
+    asyncio.run(_load(server, wanted))
 
 
 def unload(server: Server, name: str) -> None:
@@ -117,10 +129,13 @@ async def _list(server: Server) -> None:
             print(printable(f"{entry['name']}: {entry['error']}"))
 
 
-async def _load(server: Server, name: str, source: str, scaling: float | None, pinned: bool) -> None:
-    body: dict[str, Any] = {"lora_name": name, "lora_path": _as_the_server_sees(source), "pinned": pinned}
-    if scaling is not None:
-        body["scaling"] = scaling
+async def _load(server: Server, wanted: Load) -> None:
+    name, path = wanted.name, _as_the_server_sees(wanted.source)
+    body: dict[str, Any] = {"lora_name": name, "lora_path": path, "pinned": wanted.pin}
+    if wanted.scaling is not None:
+        body["scaling"] = wanted.scaling
+    if wanted.hub_token:
+        body["adapter_token"] = wanted.hub_token
     async with Connection(server) as connection:
         with download_bar(name) as report:
             watch = asyncio.create_task(_watch(connection, name, report))

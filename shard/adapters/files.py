@@ -61,7 +61,7 @@ def find_weights(directory: Path) -> Path:
             return directory / name
     if os.path.lexists(directory / PICKLED_WEIGHTS):
         raise AdapterRejected(PICKLE_REFUSED)
-    raise AdapterRejected(f"there is no {WEIGHTS} in its directory")
+    raise AdapterRejected(f"there is no {WEIGHTS} in its directory; save the adapter again")
 
 
 def open_regular(path: Path, limit: int) -> BufferedReader:
@@ -75,7 +75,9 @@ def open_regular(path: Path, limit: int) -> BufferedReader:
         # Nothing may have taken its place in between: look again at what was opened, without blocking on it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
-        raise AdapterRejected(f"there is no {path.name} in its directory") from error
+        raise AdapterRejected(
+            f"there is no {path.name} in its directory; name one that holds an adapter"
+        ) from error
     except OSError as error:
         raise AdapterRejected(f"{path.name} cannot be read: {error.strerror}") from error
     file = os.fdopen(descriptor, "rb")

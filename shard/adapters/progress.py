@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 OnProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total; 0 while unknown)."""
@@ -38,3 +39,20 @@ class ProgressMeter:
         self._current = 0
         self._last_report = time.monotonic()
         self._report(self._finished, self.total)
+
+
+async def repeated(
+    progress: asyncio.Queue[tuple[int, int] | None], seconds: float
+) -> AsyncIterator[tuple[int, int]]:
+    """What comes into the queue until None; the newest again after every `seconds` without news."""
+    newest = (0, 0)
+    while True:
+        try:
+            step = await asyncio.wait_for(progress.get(), seconds)
+        except TimeoutError:
+            yield newest
+            continue
+        if step is None:
+            return
+        newest = step
+        yield newest

@@ -88,7 +88,9 @@ class S3Fetcher:
         weights = next(filter(None, map(head, WEIGHTS_NAMES)), None)
         if weights is None:
             pickled = head(PICKLED_WEIGHTS) is not None
-            raise AdapterRejected(PICKLE_REFUSED if pickled else f"there is no {WEIGHTS} at this prefix")
+            raise AdapterRejected(
+                PICKLE_REFUSED if pickled else f"there is no {WEIGHTS} at this prefix; save the adapter again"
+            )
         objects = [config, weights, *filter(None, map(head, COMPANIONS))]
         for item in objects:
             self._limits.check(item.name, item.size)

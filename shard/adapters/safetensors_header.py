@@ -14,6 +14,8 @@ MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
 
+_AGAIN = "save it again, or fetch it again if it is whole elsewhere"
+
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The dtypes that are served, in bytes an element."""
 
@@ -39,21 +41,23 @@ def read_header(file: memoryview) -> dict[str, TensorInfo]:
     tensors tile the rest of the file without gap or overlap.
     """
     if len(file) < _LENGTH_BYTES:
-        raise AdapterRejected(f"the weights file has {len(file)} bytes, too few for a safetensors file")
+        raise AdapterRejected(
+            f"the weights file has {len(file)} bytes, too few for a safetensors file; {_AGAIN}"
+        )
     length = int.from_bytes(file[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise AdapterRejected(
-            f"its safetensors header claims {length} bytes; at most {MAX_HEADER_BYTES} are read"
+            f"its safetensors header claims {length} bytes; at most {MAX_HEADER_BYTES} are read; {_AGAIN}"
         )
     start = _LENGTH_BYTES + length
     if start > len(file):
         raise AdapterRejected(
-            f"the weights file is cut short: {len(file)} bytes, its header alone needs {start}"
+            f"the weights file is cut short: {len(file)} bytes, its header alone needs {start}; {_AGAIN}"
         )
     entries = _decode(bytes(file[_LENGTH_BYTES:start]))
     entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
-        raise AdapterRejected(f"it has {len(entries)} tensors; at most {MAX_TENSORS} are read")
+        raise AdapterRejected(f"it has {len(entries)} tensors; at most {MAX_TENSORS} are read; split it")
     tensors = {key: _tensor(key, entry, start) for key, entry in entries.items()}
     _check_tiling(tensors, start, len(file))
     return tensors
@@ -63,9 +67,9 @@ def _decode(header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise AdapterRejected(f"its safetensors header is not JSON: {error}") from error
+        raise AdapterRejected(f"its safetensors header is not JSON: {error}; {_AGAIN}") from error
     if not isinstance(entries, dict):
-        raise AdapterRejected("its safetensors header is not a JSON object")
+        raise AdapterRejected(f"its safetensors header is not a JSON object; {_AGAIN}")
     return entries
 
 
@@ -74,26 +78,26 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise AdapterRejected(f"its safetensors header names {twice[:200]!r} twice")
+        raise AdapterRejected(f"its safetensors header names {twice[:200]!r} twice; {_AGAIN}")
     return result
 
 
 def _tensor(key: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise AdapterRejected(f"{key}: its header entry is not dtype, shape and data_offsets")
+        raise AdapterRejected(f"{key}: its header entry is not dtype, shape and data_offsets; {_AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise AdapterRejected(
             f"{key}: dtype {str(dtype)[:20]} is not served; save it as one of {', '.join(ITEM_BYTES)}"
         )
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise AdapterRejected(f"{key}: its shape in the header is not a short list of sizes")
+        raise AdapterRejected(f"{key}: its shape in the header is not a short list of sizes; {_AGAIN}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise AdapterRejected(f"{key}: its data_offsets in the header are not two positions")
+        raise AdapterRejected(f"{key}: its data_offsets in the header are not two positions; {_AGAIN}")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise AdapterRejected(
-            f"{key}: {dtype} of shape {shape} does not fill the {end - begin} bytes it claims"
+            f"{key}: {dtype} of shape {shape} does not fill the {end - begin} bytes it claims; {_AGAIN}"
         )
     return TensorInfo(key, dtype, tuple(shape), start + begin, start + end)
 
@@ -107,8 +111,10 @@ def _check_tiling(tensors: dict[str, TensorInfo], start: int, file_size: int) ->
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != position:
             what = "overlaps another tensor" if tensor.begin < position else "leaves a gap before it"
-            raise AdapterRejected(f"{tensor.key}: its data {what}; the weights file is damaged")
+            raise AdapterRejected(f"{tensor.key}: its data {what}; the weights file is damaged; {_AGAIN}")
         position = tensor.end
     if position != file_size:
         what = "is cut short" if position > file_size else "has bytes that belong to no tensor"
-        raise AdapterRejected(f"the weights file {what}: {file_size} bytes, its header describes {position}")
+        raise AdapterRejected(
+            f"the weights file {what}: {file_size} bytes, its header describes {position}; {_AGAIN}"
+        )

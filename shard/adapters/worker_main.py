@@ -50,6 +50,8 @@ NICENESS = 10
 CONCURRENT_JOBS = 16
 MAX_MESSAGE = 1500
 """Characters of an error."""
+MAX_NAME = 200
+"""Characters of an adapter's id in it."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class Worker:
 
     def run(self, command: Command) -> None:
         """Carry out one command and send what comes of it: always exactly one final event."""
-        name = command.request.id if isinstance(command, Download) else command.id
+        name = (command.request.id if isinstance(command, Download) else command.id)[:MAX_NAME]
         try:
             event = self._download(command) if isinstance(command, Download) else self._repack(command)
         except ShardError as error:

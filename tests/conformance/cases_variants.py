@@ -18,7 +18,7 @@ from .bench import (
     rekeyed,
     relabelled,
 )
-from .case import refused, served
+from .case import served
 
 _DORA = lora(use_dora=True)
 _BARE = Saved(arguments={"save_embedding_layers": False})
@@ -164,13 +164,12 @@ CASES = (
         "resized-vocabulary-saved-modules",
         _prompted(lora(Saved(resize=_WIDER), modules_to_save=["lm_head", "embed_tokens"]), _NEW_TOKENS),
     ),
-    refused(
+    served(31, "smaller-vocabulary", lora(Saved(resize=296), target_modules=["q_proj"])),
+    served(
         31,
-        "smaller-vocabulary",
-        lora(Saved(resize=296), target_modules=["q_proj"]),
-        "embed_tokens",
-        r"\[296, 64\]",
-        r"\[300, 64\]",
+        "smaller-vocabulary-tied",
+        lora(Saved(resize=290), target_modules=["q_proj"]),
+        base="llama_tied",
     ),
     served(32, "bias-lora-only", lora(bias="lora_only", target_modules=["q_proj", "up_proj"]), base="qwen2"),
     served(32, "bias-all", lora(bias="all", target_modules=["v_proj"]), base="qwen2"),

@@ -123,7 +123,12 @@ async def test_load_waits_until_the_adapter_is_resident(
     assert bar == ""
     [(name, source, wishes)] = engine.loads
     assert (name, source, wishes["scaling"], wishes["pin"]) == ("org/sql", "hub:org/sql-lora", 0.5, True)
-    assert wishes["tenant"] == "tenant"
+    assert (wishes["tenant"], wishes["token"]) == ("tenant", "")
+
+
+async def test_load_passes_the_callers_hub_token_on(run: Run, engine: SlowEngine) -> None:
+    assert await run("load", "org/sql", "hub:org/sql-lora", "--hub-token", "hf_secret") == 0
+    assert engine.loads[-1][2]["token"] == "hf_secret"
 
 
 async def test_load_shows_how_far_the_download_is(

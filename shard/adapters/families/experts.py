@@ -203,7 +203,8 @@ class _Reader:
             )
         if rank > self._max_rank:
             raise AdapterRejected(
-                f"{pair.a.key} has rank {rank}; the server was started with --max-rank {self._max_rank}"
+                f"{pair.a.key} has rank {rank}; the server was started with --max-rank "
+                f"{self._max_rank}: raise it"
             )
 
     def _scale(self, name: str) -> np.float32:

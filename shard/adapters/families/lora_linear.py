@@ -58,7 +58,8 @@ def check_rank(tensor: TensorInfo, rank: int, served: int, path: str, spec: Lora
     if served > max_rank:
         doubled = f", served as {served}" if served != rank else ""
         raise Misfit(
-            tensor.key, f"has rank {rank}{doubled}; the server was started with --max-rank {max_rank}"
+            tensor.key,
+            f"has rank {rank}{doubled}; the server was started with --max-rank {max_rank}: raise it",
         )
 
 

@@ -31,7 +31,8 @@ class _Saved:
     """Key."""
     bias: str | None
     ids: Int64
-    """Ascending: the rows that differ from the base's."""
+    """Ascending: the rows that differ from the base's; every row of a head with fewer of them."""
+    height: int
     is_transposed: bool
 
     def read(self, tensors: Tensors) -> Float32:
@@ -54,7 +55,7 @@ class Replacement:
     """The rows of one base weight that an adapter has its own of."""
 
     height: int
-    """Rows of the weight once they are in place: at least the base's."""
+    """Rows of the weight once they are in place: fewer than the base's only at a head."""
     ids: Int64
     """Ascending."""
     tensors: Tensors
@@ -70,7 +71,7 @@ class Replacement:
     def put_into(self, base: Float32) -> Float32:
         """The whole weight [height, in] with these rows, given the base's."""
         weight = np.zeros((self.height, base.shape[1]), np.float32)
-        weight[: len(base)] = base
+        weight[: len(base)] = base[: self.height]
         weight[self.ids] = self._read()[0]
         return weight
 
@@ -112,7 +113,7 @@ def find_replacements(
     for target in targets:
         if (replacement := finder.find(target)) is not None:
             found[target.name] = replacement
-    _check_vocabulary(found, files)
+    _check_vocabulary(found, modules, files)
     return found
 
 
@@ -142,6 +143,8 @@ class _Finder:
         if not len(ids):
             return None
         height = _height(target)
+        if saved is not None and _is_head(target):
+            height = min(height, saved.height)
         added = ids[ids >= height]
         if tokens_in is not None and len(added) and added[-1] != height + len(added) - 1:
             raise Misfit(
@@ -174,13 +177,16 @@ class _Finder:
             _check_bias(target, bias, len(differs))
             own = self._files.tensors.read(bias.key)[:, None]
             differs |= self._differing(own, base.read(f"{target.name}.bias")[:, None])
-        return _Saved(tensor.key, None if bias is None else bias.key, np.flatnonzero(differs), transposed)
+        if _is_head(target) and len(differs) < _height(target):
+            differs[:] = True  # what it lacks cannot be said by the rows that it has
+        bias_key = None if bias is None else bias.key
+        return _Saved(tensor.key, bias_key, np.flatnonzero(differs), len(differs), transposed)
 
     def _differing(self, own: Float32, base: Float32) -> NDArray[np.bool_]:
         """Which rows of `own` differ from the base's once they are served, bool."""
         dtype = self._files.layout.dtype
         differs = np.ones(len(own), np.bool_)
-        for chunk in _chunks(len(base)):
+        for chunk in _chunks(min(len(own), len(base))):
             differs[chunk] = (store(own[chunk], dtype) != store(base[chunk], dtype)).any(axis=1)
         return differs
 
@@ -221,20 +227,24 @@ def _height(target: Target | EmbeddingTarget) -> int:
     return target.vocab_size if isinstance(target, EmbeddingTarget) else target.out_features
 
 
+def _is_head(target: Target | EmbeddingTarget) -> bool:
+    return isinstance(target, Target) and target.is_head
+
+
 def _width(target: Target | EmbeddingTarget) -> int:
     return target.hidden_size if isinstance(target, EmbeddingTarget) else target.in_features
 
 
 def _check_weight(target: Target | EmbeddingTarget, tensor: TensorInfo, transposed: bool) -> None:
-    """Raises Misfit unless a whole weight is as large as the base's, or taller at an embedding or a head."""
+    """Raises Misfit unless a whole weight is as large as the base's; a vocabulary may have another height."""
     base = (_height(target), _width(target))
     shape = tensor.shape[::-1] if transposed else tensor.shape
-    may_grow = isinstance(target, EmbeddingTarget) or target.is_head
-    if len(shape) != 2 or shape[1] != base[1] or shape[0] < base[0] or (shape[0] > base[0] and not may_grow):
+    resizable = isinstance(target, EmbeddingTarget) or target.is_head
+    if len(shape) != 2 or shape[1] != base[1] or (shape[0] != base[0] and not resizable):
         raise Misfit(
             tensor.key,
             f"has shape {list(tensor.shape)}, the base's weight {list(base[::-1] if transposed else base)}; "
-            "rows can be added to a vocabulary, but nothing else can change size",
+            "only a vocabulary can change size; it was made for another base",
         )
 
 
@@ -245,20 +255,28 @@ def _check_bias(target: Target | EmbeddingTarget, tensor: TensorInfo, height: in
         raise Misfit(tensor.key, f"has shape {list(tensor.shape)}, the weight beside it has {height} rows")
 
 
-def _check_vocabulary(found: Mapping[str, Replacement], files: AdapterFiles) -> None:
-    """No head answers a token that the embedding does not know."""
-    known = max(
-        (found[e.name].height if e.name in found else e.vocab_size for e in files.layout.embeddings),
-        default=0,
+def _check_vocabulary(
+    found: Mapping[str, Replacement], modules: Mapping[str, LoraModule], files: AdapterFiles
+) -> None:
+    """A head with more or fewer rows than the base's goes with an embedding that has as many."""
+    embeddings, heads = files.layout.embeddings, [t for t in files.layout.linears if t.is_head]
+    saved = {
+        e.name: modules[e.name].parts[WEIGHT].shape[0]
+        for e in embeddings
+        if e.name in modules and WEIGHT in modules[e.name].parts
+    }
+    known = [*saved.values(), *(found[e.name].height for e in embeddings if e.name in found)]
+    heights = [found[t.name].height if t.name in found else t.out_features for t in heads]
+    for target, height in zip(heads, heights, strict=True):
+        if height != target.out_features and height not in known:
+            raise _lonely_vocabulary(target.name, height, target.out_features, "embedding")
+    for e in embeddings:
+        if saved.get(e.name, e.vocab_size) < e.vocab_size and saved[e.name] not in heights:
+            raise _lonely_vocabulary(e.name, saved[e.name], e.vocab_size, "head")
+
+
+def _lonely_vocabulary(name: str, height: int, base: int, other: str) -> AdapterRejected:
+    return AdapterRejected(
+        f"{name} has {height} rows, the base's {base}, and no {other} of that size is beside it; "
+        "save both, with save_embedding_layers=True"
     )
-    for target in files.layout.linears:
-        replacement = found.get(target.name)
-        if (
-            target.is_head
-            and replacement is not None
-            and replacement.height > max(known, target.out_features)
-        ):
-            raise AdapterRejected(
-                f"{target.name} has {replacement.height} rows, the embedding {known}; "
-                "save both, with save_embedding_layers=True"
-            )

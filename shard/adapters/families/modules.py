@@ -16,6 +16,7 @@ from .names import PREFIX, BaseNames
 
 _KEYS_NAMED = 5
 """How many unusable keys an error lists."""
+_REMEDY = "remove what does not belong to the adapter, or export it again for this base"
 
 OneTarget = TypeVar("OneTarget", Target, ModuleTarget)
 
@@ -102,7 +103,7 @@ def describe_unusable(unusable: Mapping[str, str], total: int) -> str:
     """An error that names the first keys and why each cannot be applied."""
     listed = [f"{key[:200]} ({why})" for key, why in list(unusable.items())[:_KEYS_NAMED]]
     more = f"; and {len(unusable) - len(listed)} more" if len(unusable) > len(listed) else ""
-    return f"{len(unusable)} of its {total} tensors cannot be applied: {'; '.join(listed)}{more}"
+    return f"{len(unusable)} of its {total} tensors cannot be applied: {'; '.join(listed)}{more}; {_REMEDY}"
 
 
 def expect_shape(tensor: TensorInfo, *shape: int) -> None:
@@ -117,7 +118,9 @@ def expect_shape(tensor: TensorInfo, *shape: int) -> None:
 def expect_rank(key: str, rank: int, max_rank: int) -> None:
     """Raises AdapterRejected naming both where a rank is above what the server allows."""
     if rank > max_rank:
-        raise AdapterRejected(f"{key} has rank {rank}; the server was started with --max-rank {max_rank}")
+        raise AdapterRejected(
+            f"{key} has rank {rank}; the server was started with --max-rank {max_rank}: raise it"
+        )
 
 
 def _place(
