@@ -21,7 +21,8 @@ from statistics import median
 import numpy as np
 import torch
 from safetensors.numpy import save
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.kernels.load import load as load_ops
 from loraplex.shard.adapters.base_tensors import BaseTensors
@@ -79,7 +80,8 @@ HEADER = (
 
 
 def build() -> Specialised:
-    model = AutoModelForCausalLM.from_config(MODEL, dtype=torch.float32).eval()
+    model: nn.Module = LlamaForCausalLM(MODEL)
+    model.train(False)
     seen = trace(model)
     kv = KvCache(seen.layers, blocks=2, block_size=16, dtype=torch.float32, device=CPU)
     return specialise(model, seen, kv=kv, ops=load_ops("cpu"), max_rank=256)

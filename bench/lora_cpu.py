@@ -13,11 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.functional import linear
 
 from loraplex.kernels.cpu import CpuLoraOps
-from loraplex.kernels.ops import LoraPart, LoraWeights, Routing, RowGroup, route
+from loraplex.kernels.ops import Entries, LoraPart, LoraWeights, Routing, RowGroup, route
 from loraplex.kernels.reference import reference_lora
 
 
@@ -59,7 +61,8 @@ class Case:
 
 def build(shape: Shape, dtype: torch.dtype) -> Case:
     def random(*size: int) -> torch.Tensor:
-        return (torch.randn(*size) / size[-1] ** 0.5).to(dtype)
+        scaled: torch.Tensor = torch.randn(*size) / size[-1] ** 0.5
+        return scaled.to(dtype)
 
     table = {}
     for slot in range(shape.adapters):
@@ -114,7 +117,7 @@ def check(case: Case, name: str) -> None:
     """Refuse to time a form that computes something else."""
     case.y.zero_()
     FORMS[name](case)
-    entries = [()] * len(case.x)
+    entries: list[Entries] = [()] * len(case.x)
     for group in case.routing.groups:
         for row in torch.arange(len(case.x))[group.rows].tolist():
             entries[row] = group.entries
@@ -149,11 +152,11 @@ def main() -> None:
     print("|".join(["---:"] * (5 + len(FORMS))))
     for shape in SHAPES:
         case = build(shape, getattr(torch, options.dtype))
-        base = microseconds(lambda case=case: case.x @ case.base.T, options.seconds)
+        base = microseconds(partial(linear, case.x, case.base), options.seconds)
         cells = []
         for name, form in FORMS.items():
             check(case, name)
-            cells.append(microseconds(lambda case=case, form=form: form(case), options.seconds) / base)
+            cells.append(microseconds(partial(form, case), options.seconds) / base)
         print(f"{shape} | {base:.0f} | " + " | ".join(f"{cell:.2f}" for cell in cells), flush=True)
 
 

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from loraplex.proto import shard_pb2 as pb
+from loraplex.shard.adapters.base_tensors import BaseTensors
 from loraplex.shard.adapters.layout import AdapterLayout
 from loraplex.shard.batch import Batch
 from loraplex.shard.config import ShardConfig
@@ -53,8 +54,9 @@ def timed_model(seconds: float) -> LoadedModel:
     return LoadedModel(
         model=TimedModel(seconds),
         kv=KvCache({}, blocks=65536, block_size=16, dtype=torch.float32, device=device),
-        tables=[],
-        layout=AdapterLayout((), (), "float32", 64),
+        sites=[],
+        base=BaseTensors({}),
+        layout=AdapterLayout((), "float32", 64),
         tokenizer=byte_tokenizer(),
         device=device,
         dtype="float32",

@@ -106,9 +106,25 @@ def test_a_merged_adapter_equals_the_sum(server: Server) -> None:
     merged = prompt_logprobs(server, adapters=[{"id": "merged"}])
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
     assert server.get("/v1/adapters/merged")["max_rank"] == 12
-    body = {"ids": ["alpha", "beta"], "weights": [0.7, -0.4], "merge_strategy": "linear"}
+
+
+def lorax(server: Server, ids: list[str], weights: list[float]) -> str:
+    merged = {"ids": ids, "weights": weights, "merge_strategy": "linear"}
+    parameters = {"merged_adapters": merged, "max_new_tokens": 8, "do_sample": False}
+    return str(server.post("/generate", {"inputs": "hello", "parameters": parameters})["generated_text"])
+
+
+def test_lorax_merges_are_made_for_a_request(server: Server, two_adapters: dict[str, Path]) -> None:
+    twin = shutil.copytree(two_adapters["alpha"], two_adapters["alpha"].parent / "twin")
+    server.post("/v1/load_lora_adapter", {"lora_name": "twin", "lora_path": str(twin)})
+    # A and B are summed apart, each with the root of its weight: twins of half weight make twice the delta.
+    doubled = server.complete("base", "hello", adapters=[{"id": "alpha", "weight": 2.0}])["choices"][0][
+        "text"
+    ]
+    assert lorax(server, ["alpha", "twin"], [0.5, 0.5]) == doubled
+    assert lorax(server, ["alpha", "twin"], [0.5, 0.5]) == doubled
     with pytest.raises(Refused, match="rank"):
-        server.post("/generate", {"inputs": "x", "parameters": {"merged_adapters": body}})
+        lorax(server, ["alpha", "beta"], [0.7, -0.4])
 
 
 def test_an_adapters_own_tokenizer_and_template_are_used(
