@@ -120,10 +120,6 @@ class Tokenizer:
         joined.chat_template, joined._template = template.chat_template, template._template
         return joined
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, without encoding it."""
         return self.vocabulary.fewest_tokens(text)

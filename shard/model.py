@@ -109,7 +109,6 @@ def specialise(model: nn.Module, trace: Trace, *, kv: KvCache, ops: LoraOps, max
         modules=tuple(found.modules),
         experts=tuple(found.experts),
         other_modules=_other_modules(model, found.names),
-        tied_embeddings=any(target.tied_to for target in found.linears),
     )
     head = next((site for site in found.sites if isinstance(site, HeadSite)), None)
     return Specialised(CausalModel(model, attention, context, head), layout, found.sites, found.parameters)

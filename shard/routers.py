@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +18,15 @@ from torch.overrides import TorchFunctionMode
 from ..kernels.ops import LoraOps
 from .adapters.layout import Target
 from .adapters.weights import SiteWeights
-from .linear import LinearSite
+from .linear import DenseWeight, LinearSite
 from .sites import ModelSites, RoutingCell, SiteContext
 from .trace import TOKENS, ModuleCall, Trace
 
 
-@dataclass(frozen=True, slots=True)
-class RouterWeight:
-    """A router's weight [out, in] and bias. Some models have their routers compute in fp32."""
+class RouterWeight(DenseWeight):
+    """A router's weight and bias. Some models have their routers compute in fp32."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
+    __slots__ = ()
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))

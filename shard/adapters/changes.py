@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +131,3 @@ class ParsedAdapter:
     @property
     def max_rank(self) -> int:
         return max((placed.rank for placed in self.placed), default=0)
-
-
-JsonObject = Mapping[str, Any]

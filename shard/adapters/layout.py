@@ -89,5 +89,3 @@ class AdapterLayout:
     experts: tuple[ExpertsTarget, ...] = ()
     other_modules: tuple[str, ...] = ()
     """Modules with weights that no adapter can change here: refused by name."""
-    tied_embeddings: bool = False
-    """The output head shares the token embedding's weight."""

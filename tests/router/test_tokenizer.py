@@ -188,7 +188,6 @@ def test_from_reply_takes_every_field():
     tokenizer = Tokenizer.from_reply(reply)
     assert tokenizer.stop_ids == {0, 7}
     assert tokenizer.bos_id == 1
-    assert tokenizer.has_chat_template
     assert tokenizer.generation_defaults.temperature == 0.6
     assert tokenizer.generation_defaults.top_k == 20
     assert tokenizer.generation_defaults.top_p is None

@@ -33,7 +33,6 @@ MODEL = replace(
     embeddings=(EmbeddingTarget("model.embed_tokens", 3, 5, 8),),
     modules=(ModuleTarget("model.norm", 4, (("weight", (8,)),)),),
     other_modules=("model.rotary_table",),
-    tied_embeddings=True,
 )
 """TOY with an embedding, a head that is tied to it, and a norm."""
 
