@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapters.layout import Target
+from .fused_linears import aliases
 from .head import HeadSite
 from .linear import DenseWeight, LinearSite, SiteLinear
 from .sites import ModelSites, SiteContext, replace_module
@@ -53,10 +54,13 @@ def add_linear_sites(model: nn.Module, trace: Trace, context: SiteContext, sites
         else:
             site = LinearSite(weight, len(members), context.ops, cell)
         targets = _targets(names, modules, sites.add(site), is_head, tied_to if is_head else "")
-        for target, module in zip(targets, modules, strict=True):
+        other_form = aliases(targets, model.config)
+        for target in (*targets, *other_form):
             _add_parameters(sites.parameters, target, weight)
+        for target, module in zip(targets, modules, strict=True):
             _stand_in(model, site, target, module, is_alone=len(members) == 1)
         sites.linears += targets
+        sites.aliases += other_form
 
 
 def _targets(

@@ -103,6 +103,7 @@ def specialise(model: nn.Module, trace: Trace, *, kv: KvCache, ops: LoraOps, max
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     layout = AdapterLayout(
         linears=tuple(found.linears),
+        aliases=tuple(found.aliases),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         max_rank=max_rank,
         embeddings=tuple(found.embeddings),

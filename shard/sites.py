@@ -40,6 +40,7 @@ class ModelSites:
     sites: list[Site] = field(default_factory=list)
     """By number."""
     linears: list[Target] = field(default_factory=list)
+    aliases: list[Target] = field(default_factory=list)
     embeddings: list[EmbeddingTarget] = field(default_factory=list)
     modules: list[ModuleTarget] = field(default_factory=list)
     experts: list[ExpertsTarget] = field(default_factory=list)

@@ -43,6 +43,7 @@ class EditableBase:
         self._stored_transposed = {
             f"{target.name}.weight" for target in layout.linears if target.fan_in_fan_out
         }
+        self._aliases = {target.name for target in layout.aliases}
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._was_tied = self._untie()
 
@@ -56,6 +57,13 @@ class EditableBase:
         """Make room for more token ids, in the embedding, the head and the config."""
         if vocab_size > self._vocab_size:
             self._model.resize_token_embeddings(vocab_size, mean_resizing=False)
+
+    def check(self, name: str) -> None:
+        """Raises ToolFailed where the base has a linear in another form than the adapter."""
+        if name in self._aliases:
+            raise ToolFailed(
+                REFUSED, f"{name}: the base has this linear in another form, fused or apart; serve it instead"
+            )
 
     def apply(self, target: AnyTarget, changes: Sequence[Weighted]) -> None:
         """Change one module by all that adapters want of it.

@@ -99,6 +99,8 @@ def _apply(adapters: Sequence[_Adapter], model: EditableBase) -> None:
             targets[placed.target.name] = placed.target
             builders.setdefault(placed.target.name, []).append((adapter, placed.build))
     model.grow(max(adapter.parsed.traits.vocab_size for adapter in adapters))
+    for name in targets:
+        model.check(name)
     for name, target in targets.items():
         changes = []
         for adapter, build in builders[name]:

@@ -84,6 +84,9 @@ class AdapterLayout:
     dtype: str
     """"float32", "bfloat16" or "float16": what weights are packed as."""
     max_rank: int
+    aliases: tuple[Target, ...] = ()
+    """Columns of these linears under names that other models of the family give them: `qkv_proj` where the
+    base has q, k and v apart, or the reverse."""
     embeddings: tuple[EmbeddingTarget, ...] = ()
     modules: tuple[ModuleTarget, ...] = ()
     experts: tuple[ExpertsTarget, ...] = ()

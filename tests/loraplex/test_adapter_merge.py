@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -241,6 +241,28 @@ def test_what_weights_cannot_hold_is_refused_by_name(
     assert merge(tmp_path / "out", *named, "--into", tiny_model("llama")) == 1
     assert reason in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_base_with_the_linears_in_another_form_is_refused(
+    dora: bool, make: Make, tiny_model: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make("llama", targets=("q_proj",), use_dora=dora)
+    assert merge(tmp_path / "out", adapter, "--into", tiny_model("phi3")) == 1
+    assert "q_proj: the base has this linear in another form" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_smaller_vocabulary_is_refused(
+    tiny_model: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(tiny_model("llama"))
+    model.resize_token_embeddings(290)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=True
+    )
+    assert merge(tmp_path / "out", tmp_path / "adapter", "--into", tiny_model("llama")) == 1
+    assert "290 token ids, the base 300" in capsys.readouterr().err
 
 
 def test_two_heads_are_refused_one_is_merged(

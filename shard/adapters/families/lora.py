@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from ...errors import AdapterRejected
 from ..changes import ModuleChange, ParsedAdapter, Placed, Traits
@@ -33,6 +34,7 @@ def read_lora(files: AdapterFiles) -> ParsedAdapter:
     placed = [*reader.place(), *read_experts(tensors.experts, names.find, spec, files)]
     if not placed:
         raise AdapterRejected("none of its tensors changes the base; save the adapter again")
+    _check_overlaps(placed)
     traits = reader.traits()
     _check_activated(spec, traits, placed)
     return ParsedAdapter(tuple(placed), traits)
@@ -136,6 +138,17 @@ def _place_module(target: ModuleTarget, module: LoraModule, files: AdapterFiles)
         )
 
     return Placed(target, 0, build)
+
+
+def _check_overlaps(placed: list[Placed]) -> None:
+    """No two changes to the same columns: a fused linear and a part of it."""
+    linears = [change.target for change in placed if isinstance(change.target, Target)]
+    linears.sort(key=lambda target: (target.site, target.out_offset, target.out_features))
+    for one, other in pairwise(linears):
+        if one.site == other.site and other.out_offset < one.out_offset + one.out_features:
+            raise AdapterRejected(
+                f"{one.name} and {other.name} are the same linear, fused and apart; keep one of them"
+            )
 
 
 def _check_activated(spec: LoraSpec, traits: Traits, placed: list[Placed]) -> None:

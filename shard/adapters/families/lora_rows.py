@@ -109,7 +109,8 @@ def find_replacements(
     """
     finder = _Finder(modules, spec, files)
     found = {}
-    targets: tuple[Target | EmbeddingTarget, ...] = (*files.layout.embeddings, *files.layout.linears)
+    layout = files.layout
+    targets: tuple[Target | EmbeddingTarget, ...] = (*layout.embeddings, *layout.linears, *layout.aliases)
     for target in targets:
         if (replacement := finder.find(target)) is not None:
             found[target.name] = replacement

@@ -27,6 +27,7 @@ class BaseNames:
 
     def __init__(self, layout: AdapterLayout) -> None:
         targets: tuple[AnyTarget, ...] = (
+            *layout.aliases,
             *layout.linears,
             *layout.embeddings,
             *layout.modules,
