@@ -16,6 +16,9 @@ from .detokenizer import (
     PieceTable,
     WindowDetokenizer,
 )
+from .errors import InvalidRequest
+
+_PANIC = "PanicException"
 
 
 class _TokenizerFile(msgspec.Struct):
@@ -46,7 +49,17 @@ class Vocabulary:
         return len(text) // self._longest_token
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises InvalidRequest for a text on which an expression of the tokenizer runs away."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            # The library panics then, with an exception that is no Exception and has no importable type.
+            if type(error).__name__ != _PANIC:
+                raise
+            raise InvalidRequest(
+                "the tokenizer cannot split this text: one of its expressions runs away on it; "
+                "send other text, or token ids"
+            ) from error
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence."""

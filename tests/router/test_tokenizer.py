@@ -6,8 +6,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from loraplex.proto import shard_pb2
@@ -323,3 +323,12 @@ async def test_without_a_template_chat_is_refused():
 def test_a_template_that_does_not_compile_is_told_at_start():
     with pytest.raises(ValueError, match="does not compile"):
         with_template("{% for %}")
+
+
+async def test_a_text_on_which_an_expression_runs_away_is_refused() -> None:
+    library = LibraryTokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    tokenizer = Tokenizer(tokenizer_json=library.to_str().encode())
+    with pytest.raises(InvalidRequest, match="runs away"):
+        await tokenizer.encode("a" * 40)
+    assert await tokenizer.encode("ab") == [0, 1]
