@@ -16,10 +16,10 @@ from grpc_status import rpc_status
 from ..proto import shard_pb2 as pb
 from ..proto import shard_pb2_grpc
 from .adapters.manifest import AdapterManifest, AdapterRequest, Source
+from .adapters.merging.recipe import MergePart, MergeRequest, merge_recipe
 from .adapters.own_tokenizer import OwnTokenizer
 from .adapters.pool import AdapterPool
 from .adapters.progress import repeated
-from .adapters.recipe import MergePart, MergeRequest, merge_recipe
 from .adapters.store import AdapterStore
 from .device import DeviceThread
 from .errors import AdapterRejected, ShardError

@@ -115,7 +115,7 @@ def _merge(  # noqa: PLR0913 - one parameter for each option
 
         merge_into(into, target, parts)
         return 0
-    from ..shard.adapters.recipe import merge_recipe
+    from ..shard.adapters.merging.recipe import merge_recipe
     from ..shard.errors import AdapterRejected
     from .merge import merge
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..shard.adapters.files import WEIGHTS, FileLimits
-from ..shard.adapters.merge import MergeInput, merge_adapters
-from ..shard.adapters.recipe import MergeRecipe
+from ..shard.adapters.merging.merge import MergeInput, merge_adapters
+from ..shard.adapters.merging.recipe import MergeRecipe
 from .errors import reported
 from .output import new_directory
 from .parts import parse_part

@@ -14,10 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 from huggingface_hub.utils import logging as hub_logging
 
-from ..shard.adapters.fetch import Fetcher
 from ..shard.adapters.files import FileLimits
 from ..shard.adapters.manifest import AdapterRequest, Snapshot, Source
-from ..shard.adapters.retry import RetryPolicy
+from ..shard.adapters.sources.fetch import Fetcher
+from ..shard.adapters.sources.retry import RetryPolicy
 
 
 def bring(text: str) -> Snapshot:

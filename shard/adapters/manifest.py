@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from .changes import Traits
-from .recipe import MergeRequest
+from .merging.recipe import MergeRequest
 
 
 class Source(StrEnum):

@@ -8,10 +8,10 @@ from .base_weights import WeightFile
 from .files import FileLimits
 from .layout import AdapterLayout
 from .manifest import AdapterManifest, AdapterRequest
+from .merging.recipe import PartPlace
 from .own_tokenizer import BaseText
 from .pack import PackedFile
-from .recipe import PartPlace
-from .retry import RetryPolicy
+from .sources.retry import RetryPolicy
 
 HEARTBEAT_SECONDS = 1.0
 """How often a worker says that it lives."""

@@ -12,9 +12,9 @@ from ..errors import AdapterNotFound, AdapterRejected
 from .files import FileLimits
 from .host_cache import HostCache
 from .manifest import AdapterManifest, AdapterRequest
+from .merging.recipe import PartPlace
 from .own_tokenizer import OwnTokenizer, read_own_tokenizer
 from .progress import OnProgress
-from .recipe import PartPlace
 from .weights import PackedAdapter
 from .worker import AdapterWorker
 

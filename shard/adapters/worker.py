@@ -25,6 +25,7 @@ from ..errors import (
 from .base_tensors import BaseTensors
 from .layout import AdapterLayout
 from .manifest import AdapterManifest, AdapterRequest
+from .merging.recipe import PartPlace
 from .own_tokenizer import BaseText
 from .pack import PackedFile
 from .progress import OnProgress
@@ -44,7 +45,6 @@ from .protocol import (
     Wanted,
     WorkerSettings,
 )
-from .recipe import PartPlace
 from .weights import PackedAdapter, read_packed
 
 _log = logging.getLogger(__name__)

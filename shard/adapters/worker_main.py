@@ -25,7 +25,6 @@ from huggingface_hub.utils import logging as hub_logging
 
 from ..errors import ShardError
 from .base_weights import WeightRequests
-from .fetch import Fetcher
 from .manifest import AdapterManifest, Snapshot
 from .own_tokenizer import TextComparison
 from .pack import PackedDirectory, Packer
@@ -45,6 +44,7 @@ from .protocol import (
     Setup,
     Wanted,
 )
+from .sources.fetch import Fetcher
 
 NICENESS = 10
 CONCURRENT_JOBS = 16

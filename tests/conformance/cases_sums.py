@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from loraplex.shard.adapters.merge import MergeInput, merge_adapters
-from loraplex.shard.adapters.recipe import merge_recipe
+from loraplex.shard.adapters.merging.merge import MergeInput, merge_adapters
+from loraplex.shard.adapters.merging.recipe import merge_recipe
 
 from .bench import Bench, Made, Maker, Reference, lora, quiet
 from .case import served

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from loraplex.shard.adapters.merge import MergeInput, merge_adapters
-from loraplex.shard.adapters.recipe import merge_recipe
+from loraplex.shard.adapters.merging.merge import MergeInput, merge_adapters
+from loraplex.shard.adapters.merging.recipe import merge_recipe
 
 from .bases import Base
 from .bench import WEIGHTS, Bench, lora

@@ -10,8 +10,8 @@ import pytest
 from peft import LoraConfig, PeftType
 
 from loraplex.shard.adapters.families.refused import refusal
+from loraplex.shard.adapters.merging.recipe import METHODS
 from loraplex.shard.adapters.parse import READERS
-from loraplex.shard.adapters.recipe import METHODS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/adapters.md").read_text()
 ROWS = [line.split("|")[1:-1] for line in PAGE.splitlines() if line.startswith("|")]

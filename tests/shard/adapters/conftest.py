@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from loraplex.shard.adapters.files import FileLimits
 from loraplex.shard.adapters.protocol import WorkerSettings
-from loraplex.shard.adapters.retry import RetryPolicy
+from loraplex.shard.adapters.sources.retry import RetryPolicy
 from loraplex.shard.adapters.worker import AdapterWorker
 
 from ...fakes.hub import FakeHub

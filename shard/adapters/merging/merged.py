@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from .directory_cache import DirectoryCache
-from .files import FileLimits
+from ..directory_cache import DirectoryCache
+from ..files import FileLimits
+from ..progress import ProgressMeter
 from .merge import MergeInput, merge_adapters
-from .progress import ProgressMeter
 from .recipe import MergeRequest, PartPlace
 
 

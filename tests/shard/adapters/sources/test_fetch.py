@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from loraplex.shard.adapters.directory_cache import DirectoryCache
-from loraplex.shard.adapters.fetch import Fetcher
 from loraplex.shard.adapters.files import FileLimits, find_weights
 from loraplex.shard.adapters.manifest import AdapterRequest, Snapshot, Source
-from loraplex.shard.adapters.retry import RetryPolicy
+from loraplex.shard.adapters.sources.fetch import Fetcher
+from loraplex.shard.adapters.sources.retry import RetryPolicy
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 
-from .layouts import toy_files
-from .test_worker import write_adapter
+from ..layouts import toy_files
+from ..test_worker import write_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
+from ...errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 from .retry import TransientFailure
 
 Result = TypeVar("Result")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraplex.shard.adapters.progress import ProgressMeter
-from loraplex.shard.adapters.retry import RetryPolicy, TransientFailure, call_with_retry
+from loraplex.shard.adapters.sources.retry import RetryPolicy, TransientFailure, call_with_retry
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound
 
 

@@ -11,9 +11,9 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
-from ..errors import AdapterFetchFailed, AdapterNotFound
-from .files import COMPANIONS, CONFIG, WEIGHTS_NAMES, file_sha256, git_blob_id
-from .manifest import Snapshot
+from ...errors import AdapterFetchFailed, AdapterNotFound
+from ..files import COMPANIONS, CONFIG, WEIGHTS_NAMES, file_sha256, git_blob_id
+from ..manifest import Snapshot
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -17,15 +17,15 @@ from safetensors.numpy import load_file, save_file
 from loraplex.shard.adapters.digest import adapter_digest
 from loraplex.shard.adapters.host_cache import HostCache
 from loraplex.shard.adapters.manifest import AdapterManifest, AdapterRequest, Source
-from loraplex.shard.adapters.merge import MergeInput, merge_adapters
-from loraplex.shard.adapters.merge_math import keep_largest, merge_tensors
-from loraplex.shard.adapters.recipe import METHODS, MergePart, MergeRecipe, MergeRequest, merge_recipe
+from loraplex.shard.adapters.merging.merge import MergeInput, merge_adapters
+from loraplex.shard.adapters.merging.merge_math import keep_largest, merge_tensors
+from loraplex.shard.adapters.merging.recipe import METHODS, MergePart, MergeRecipe, MergeRequest, merge_recipe
 from loraplex.shard.adapters.store import AdapterStore
 from loraplex.shard.adapters.worker import AdapterWorker
 from loraplex.shard.errors import AdapterNotFound, AdapterRejected
 
-from .layouts import Q, config_bytes, toy_files, toy_tensors, weights_bytes
-from .test_worker import write_adapter
+from ..layouts import Q, config_bytes, toy_files, toy_tensors, weights_bytes
+from ..test_worker import write_adapter
 
 PREFIX = "base_model.model."
 

@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 
 import msgspec
 
-from ..errors import AdapterRejected
+from ...errors import AdapterRejected
 
 Method = Literal[
     "linear", "cat", "svd",

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterRejected
-from .digest import adapter_digest
-from .families.lora_config import LoraSpec, parse_config
-from .files import CONFIG, FileLimits, find_weights, read_regular
-from .floats import Float32
-from .parse import decode_config
-from .safetensors_header import TensorInfo
-from .tensors import Tensors
+from ...errors import AdapterRejected
+from ..digest import adapter_digest
+from ..families.lora_config import LoraSpec, parse_config
+from ..files import CONFIG, FileLimits, find_weights, read_regular
+from ..floats import Float32
+from ..parse import decode_config
+from ..safetensors_header import TensorInfo
+from ..tensors import Tensors
 
 PREFIX = "base_model.model."
 

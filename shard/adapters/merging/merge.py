@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from ..errors import AdapterRejected
-from .files import CONFIG, WEIGHTS, FileLimits
-from .floats import Float32, all_finite
+from ...errors import AdapterRejected
+from ..files import CONFIG, WEIGHTS, FileLimits
+from ..floats import Float32, all_finite
 from .merge_math import Pair, Term, merge_pairs
 from .plain_lora import PREFIX, LoraModule, PlainLora, read_plain_lora
 from .recipe import MergeRecipe

@@ -12,14 +12,14 @@ from loraplex.shard.adapters.directory_cache import DirectoryCache
 from loraplex.shard.adapters.files import FileLimits
 from loraplex.shard.adapters.manifest import AdapterRequest, Snapshot, Source
 from loraplex.shard.adapters.progress import ProgressMeter
-from loraplex.shard.adapters.retry import RetryPolicy
-from loraplex.shard.adapters.s3 import S3Fetcher
+from loraplex.shard.adapters.sources.retry import RetryPolicy
+from loraplex.shard.adapters.sources.s3 import S3Fetcher
 from loraplex.shard.adapters.worker import AdapterWorker
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 
-from ...fakes.s3 import FakeS3
-from .conftest import FAST
-from .layouts import NO_WEIGHTS, TOY, toy_files
+from ....fakes.s3 import FakeS3
+from ..conftest import FAST
+from ..layouts import NO_WEIGHTS, TOY, toy_files
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
-from .directory_cache import DirectoryCache
-from .files import COMPANIONS, CONFIG, PICKLE_REFUSED, PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_NAMES, FileLimits
-from .manifest import AdapterRequest, Snapshot
-from .progress import ProgressMeter
+from ...errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
+from ..directory_cache import DirectoryCache
+from ..files import COMPANIONS, CONFIG, PICKLE_REFUSED, PICKLED_WEIGHTS, WEIGHTS, WEIGHTS_NAMES, FileLimits
+from ..manifest import AdapterRequest, Snapshot
+from ..progress import ProgressMeter
 from .retry import RetryPolicy, TransientFailure, call_with_retry
 from .s3_client import S3Client, S3Object
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..errors import AdapterRejected
-from .directory_cache import DirectoryCache
-from .files import FileLimits
+from ...errors import AdapterRejected
+from ..directory_cache import DirectoryCache
+from ..files import FileLimits
+from ..manifest import AdapterRequest, Snapshot, Source
+from ..merging.merged import MergedAdapters
+from ..merging.recipe import PartPlace
+from ..progress import OnProgress, ProgressMeter
 from .hub import HubFetcher
 from .local import local_directory
-from .manifest import AdapterRequest, Snapshot, Source
-from .merged import MergedAdapters
-from .progress import OnProgress, ProgressMeter
-from .recipe import PartPlace
 from .retry import RetryPolicy
 from .s3 import S3Fetcher
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import AdapterNotFound, AdapterRejected
-from .files import COMPANIONS, CONFIG, WEIGHTS_NAMES, is_regular
+from ...errors import AdapterNotFound, AdapterRejected
+from ..files import COMPANIONS, CONFIG, WEIGHTS_NAMES, is_regular
 
 _SUBFOLDERS_NAMED = 5
 _SUBFOLDERS_LOOKED_AT = 1000

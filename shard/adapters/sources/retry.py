@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ..errors import ShardError
+from ...errors import ShardError
 
 Result = TypeVar("Result")
 

@@ -13,9 +13,9 @@ from loraplex.shard.adapters.weights import LinearWeights
 from loraplex.shard.adapters.worker import AdapterWorker, DownloadedAdapter
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 
-from ...fakes.hub import FakeHub
-from .conftest import FAST
-from .layouts import NO_WEIGHTS, TOY, mentions, toy_files
+from ....fakes.hub import FakeHub
+from ..conftest import FAST
+from ..layouts import NO_WEIGHTS, TOY, mentions, toy_files
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .floats import Float32
+from ..floats import Float32
 
 _ALIGNMENT = 8
 

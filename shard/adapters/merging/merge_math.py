@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .floats import Float32
+from ..floats import Float32
 from .recipe import MajoritySign, MergeRecipe
 
 Pair = tuple[Float32, Float32]

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ..errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected, ShardError
-from .files import (
+from ...errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected, ShardError
+from ..files import (
     COMPANIONS,
     CONFIG,
     PICKLE_REFUSED,
@@ -28,10 +28,10 @@ from .files import (
     WEIGHTS_NAMES,
     FileLimits,
 )
+from ..manifest import AdapterRequest, Snapshot
+from ..progress import ProgressMeter
 from .hub_cache import SHA256, CachedFolder, cache_of, matches
 from .local import refuse_parent
-from .manifest import AdapterRequest, Snapshot
-from .progress import ProgressMeter
 from .retry import RetryPolicy, TransientFailure, call_with_retry
 
 Result = TypeVar("Result")

@@ -1,0 +1,1 @@
+"""New adapters made of others, as PEFT merges them."""
