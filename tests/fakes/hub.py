@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from .faulty import Fault, FaultyServer
 
 LARGE_FILE_SUFFIXES = (".safetensors", ".bin")
 """Files that the hub keeps as LFS objects, identified by SHA-256."""
@@ -30,24 +30,6 @@ def checksum(name: str, data: bytes) -> str:
 
 
 @dataclass
-class Fault:
-    """What goes wrong with requests whose path ends with `path`, the next `times` times."""
-
-    path: str
-    times: int
-    methods: tuple[str, ...] = ("GET",)
-    status: int = 0
-    """Answer this status instead; 0: answer, but spoil the body as below."""
-    retry_after: int | None = None
-    corrupt: bool = False
-    """Same size, other bytes."""
-    cut_after: int | None = None
-    """Close the connection after so many bytes."""
-    seconds: float = 0.0
-    """Spread the body over this time."""
-
-
-@dataclass
 class _Repo:
     commits: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -55,31 +37,12 @@ class _Repo:
     """Who does not show it gets 401."""
 
 
-class FakeHub:
-    """Serves on a free port of 127.0.0.1 from `with FakeHub() as hub:` on. Thread-safe."""
+class FakeHub(FaultyServer):
+    """Serves what was added to it, as the hub would."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, str]] = Counter()
-        """(method, path) to how often it was asked for."""
+        super().__init__(_handler(self))
         self._repos: dict[str, _Repo] = {}
-        self._faults: list[Fault] = []
-        self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> FakeHub:
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def add(
         self, repo: str, files: Mapping[str, bytes] | Path, *, revision: str = "main", token: str = ""
@@ -97,28 +60,6 @@ class FakeHub:
             entry.refs[revision] = commit
             entry.token = token
         return commit
-
-    def break_(self, path: str, times: int = 1, **fault: Any) -> None:
-        """Let the next `times` requests for paths ending in `path` fail as `Fault` describes."""
-        with self._lock:
-            self._faults.append(Fault(path, times, **fault))
-
-    def count(self, path: str, method: str = "GET") -> int:
-        """How many requests of this method had a path ending in `path`."""
-        with self._lock:
-            return sum(
-                n for (verb, asked), n in self.requests.items() if verb == method and asked.endswith(path)
-            )
-
-    def note(self, method: str, path: str) -> Fault | None:
-        """Count a request; the fault that it meets, used up by one."""
-        with self._lock:
-            self.requests[method, path] += 1
-            for fault in self._faults:
-                if fault.times > 0 and method in fault.methods and path.endswith(fault.path):
-                    fault.times -= 1
-                    return fault
-        return None
 
     def find(self, repo: str, revision: str, token: str) -> tuple[str, Mapping[str, bytes]] | tuple[int, str]:
         """(commit, files), or (status, the hub's error code)."""

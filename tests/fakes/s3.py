@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
-from .hub import Fault
+from .faulty import Fault, FaultyServer
 
 _ERRORS = {403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 416: "InvalidRange"}
 
@@ -26,37 +24,18 @@ class _Object:
     encryption: str
 
 
-class FakeS3:
-    """Serves on a free port of 127.0.0.1 from `with FakeS3() as s3:` on. Thread-safe."""
+class FakeS3(FaultyServer):
+    """Serves the objects that were put into it."""
 
     key_id = "AKIDEXAMPLE"
     """The only access key that may read."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, str]] = Counter()
-        """(method, path) to how often it was asked for."""
+        super().__init__(_handler(self))
         self.ranges: list[str] = []
         """The byte ranges that were asked for."""
         self._replacements: dict[str, bytes] = {}
         self._objects: dict[str, _Object] = {}
-        self._faults: list[Fault] = []
-        self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> FakeS3:
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def put(
         self, prefix: str, files: Mapping[str, bytes], *, parts: int = 0, encryption: str = "AES256"
@@ -74,32 +53,15 @@ class FakeS3:
         with self._lock:
             self._replacements[f"/{path}"] = data
 
-    def break_(self, path: str, times: int = 1, **fault: object) -> None:
-        """Let the next `times` requests for paths ending in `path` fail as `Fault` describes."""
-        with self._lock:
-            self._faults.append(Fault(path, times, **fault))  # type: ignore[arg-type]
-
-    def count(self, path: str, method: str = "GET") -> int:
-        """How many requests of this method had a path ending in `path`."""
-        with self._lock:
-            return sum(
-                n for (verb, asked), n in self.requests.items() if verb == method and asked.endswith(path)
-            )
-
-    def note(self, method: str, path: str, span: str) -> Fault | None:
-        """Count a request; the fault that it meets, used up by one."""
+    def begin(self, method: str, path: str, span: str) -> Fault | None:
+        """As `note`; also keeps the byte range, and replaces the object if that is due."""
         replacement = self._replacements.pop(path, None) if method == "GET" else None
         if replacement is not None:
             prefix, _, name = path[1:].rpartition("/")
             self.put(prefix, {name: replacement})
-        with self._lock:
-            self.requests[method, path] += 1
-            self.ranges += [span] if span else []
-            for fault in self._faults:
-                if fault.times > 0 and method in fault.methods and path.endswith(fault.path):
-                    fault.times -= 1
-                    return fault
-        return None
+        if span:
+            self.ranges.append(span)
+        return self.note(method, path)
 
     def find(self, path: str) -> _Object | None:
         with self._lock:
@@ -122,7 +84,7 @@ def _handler(s3: FakeS3) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             url = urlsplit(self.path)
             path = unquote(url.path)
-            fault = s3.note(self.command, path, self.headers.get("Range", ""))
+            fault = s3.begin(self.command, path, self.headers.get("Range", ""))
             found = s3.find(path)
             if fault is not None and fault.status:
                 self._refuse(fault.status)
