@@ -2,14 +2,20 @@
 
 BIN := .venv/bin
 STAMP := .venv/.complete
+# What the GPU's targets run with: ours, set up as the others need it, unless another is named.
+READY := $(if $(PY),,$(STAMP))
+PY := $(if $(PY),$(PY),$(BIN)/python)
+# Every memory of its own, so that the checker sees its end; every kernel, few shapes.
+SANITIZED := distinct or prefill or gate or norms or rotary or 600-None-16 or attention and 128
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
 export DEMO_PROMPT := $(value PROMPT)
 
-.PHONY: setup demo test test-gpu check lint types proto bench clean
+.PHONY: setup demo test test-gpu bench-gpu sanitize-gpu check lint types proto bench clean
 
 # make setup CUDA=1: torch's default build and the CUDA extra.
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt deploy/setup.sh
+$(STAMP): pyproject.toml constraints.txt deploy/setup.sh $(wildcard kernels/lora_tables.cuh kernels/native/*)
 	@CUDA=$(CUDA) sh deploy/setup.sh
 
 ifeq ($(CUDA),1)
@@ -25,8 +31,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 
-test-gpu: $(STAMP)
-	$(BIN)/pytest -m gpu
+# On a machine that has its own environment: make test-gpu PY=python3
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu tests/gpu
+
+# The tables of bench/RESULTS.md; about two minutes.
+bench-gpu: $(READY)
+	$(PY) -m bench.gpu --json bench-gpu.json
+
+# A few tests of every kernel under the checkers of memory and of races.
+sanitize-gpu: $(READY)
+	$(SANITIZE) --tool memcheck $(PY) -m pytest -q -m gpu tests/gpu -k "bfloat16 and ($(SANITIZED))"
+	$(SANITIZE) --tool racecheck $(PY) -m pytest -q -m gpu tests/gpu -k "bfloat16 and ($(SANITIZED))"
 
 check: lint types
 

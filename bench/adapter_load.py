@@ -24,13 +24,14 @@ from safetensors.numpy import save
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex.kernels.load import load as load_ops
+from loraplex.kernels.load import load
 from loraplex.shard.adapters.base_tensors import BaseTensors
 from loraplex.shard.adapters.files import CONFIG, WEIGHTS, FileLimits
 from loraplex.shard.adapters.layout import AdapterLayout
 from loraplex.shard.adapters.pack import Packer
 from loraplex.shard.adapters.pool import AdapterPool
 from loraplex.shard.adapters.weights import LinearWeights, PackedAdapter, read_packed
+from loraplex.shard.attention import PagedAttention
 from loraplex.shard.kv import KvCache
 from loraplex.shard.model import Specialised, specialise
 from loraplex.shard.trace import trace
@@ -84,7 +85,7 @@ def build() -> Specialised:
     model.train(False)
     seen = trace(model)
     kv = KvCache(seen.layers, blocks=2, block_size=16, dtype=torch.float32, device=CPU)
-    return specialise(model, seen, kv=kv, ops=load_ops("cpu"), max_rank=256)
+    return specialise(model, seen, attention=PagedAttention(kv), ops=load(CPU).lora, max_rank=256)
 
 
 def write_adapter(directory: Path, layout: AdapterLayout, rank: int) -> int:

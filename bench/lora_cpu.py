@@ -75,7 +75,7 @@ def build(shape: Shape, dtype: torch.dtype) -> Case:
 
 
 def loop_fp32(case: Case) -> None:
-    CpuLoraOps().add_lora(case.y, case.x, case.routing, case.table)
+    CpuLoraOps().start_lora(case.x, case.routing, case.table).add_to(case.y)
 
 
 def loop_native(case: Case) -> None:

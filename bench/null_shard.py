@@ -20,6 +20,7 @@ from loraplex.shard.config import ShardConfig
 from loraplex.shard.kv import KvCache
 from loraplex.shard.load import LoadedModel
 from loraplex.shard.main import run
+from loraplex.shard.parallel.ranks import Alone
 
 VOCAB = 256
 
@@ -53,19 +54,20 @@ def timed_model(seconds: float) -> LoadedModel:
     device = torch.device("cpu")
     return LoadedModel(
         model=TimedModel(seconds),
+        graphs=None,
         kv=KvCache({}, blocks=65536, block_size=16, dtype=torch.float32, device=device),
         sites=[],
         base=BaseTensors({}),
         layout=AdapterLayout((), "float32", 64),
         tokenizer=byte_tokenizer(),
         device=device,
-        dtype="float32",
         digest="",
         architecture="TimedModel",
         max_model_len=4096,
         vocab_size=VOCAB,
         weight_bytes=0,
         block_bytes=1,
+        ranks=Alone(),
     )
 
 

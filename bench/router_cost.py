@@ -130,7 +130,7 @@ def main() -> None:
         [sys.executable, "-m", "bench.null_shard", f"--port={shard_port}", f"--step-ms={arguments.step_ms}"]
     )
     config = RouterConfig(
-        served_model_name="null", ranks=(f"127.0.0.1:{shard_port}",), port=port, grpc_port=free_port()
+        served_model_name="null", groups=((f"127.0.0.1:{shard_port}",),), port=port, grpc_port=free_port()
     )
     router = multiprocessing.get_context("spawn").Process(target=run_router, args=(config,))
     router.start()

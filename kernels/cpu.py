@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import linear
 
-from .ops import EmbeddingTable, LoraWeights, Routing, SiteTable
+from .ops import EmbeddingTable, LoraWeights, Placed, Routing, SiteTable
 
 _Rows = slice | torch.Tensor
 
@@ -19,33 +22,56 @@ class CpuLoraOps:
     `bench/lora_cpu.py` compares this form with the others.
     """
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, routing: Routing, table: SiteTable) -> None:
-        """Apply every row's adapters to `y` in place; see `LoraOps.add_lora`."""
-        if not routing.groups:
-            return
-        inputs = x.float()
-        for group in routing.groups:
-            adapters = [(table[slot], weight) for slot, weight in group.entries if slot in table]
-            if adapters:
-                _apply_to_rows(y, group.rows, inputs[group.rows], adapters)
+    def site_table(self, widths: Sequence[int], *, shares: int = 1) -> SiteTable:
+        return {}
+
+    def embedding_table(self) -> EmbeddingTable:
+        return {}
+
+    def place(self, routing: Routing, *, shares: int = 1) -> Routing:
+        return routing
+
+    def start_lora(self, x: torch.Tensor, placed: Placed, table: SiteTable) -> _Delta:
+        """See `LoraOps.start_lora`. `add_to` computes everything: there is nothing to overlap it with."""
+        assert isinstance(placed, Routing)
+        return _Delta(x, placed, table)
 
     def add_embedding(
-        self, e: torch.Tensor, tokens: torch.Tensor, routing: Routing, table: EmbeddingTable
+        self, e: torch.Tensor, tokens: torch.Tensor, placed: Placed, table: EmbeddingTable
     ) -> None:
         """Apply every row's adapters to `e` in place; see `LoraOps.add_embedding`."""
-        for group in routing.groups:
+        assert isinstance(placed, Routing)
+        for group in placed.groups:
             adapters = [(table[slot], weight) for slot, weight in group.entries if slot in table]
             if not adapters:
                 continue
             total = e[group.rows].float()
             ids = tokens[group.rows]
             for adapter, weight in adapters:
-                last = len(adapter.a) - 1
-                hidden = adapter.a[ids.clamp(max=last)].float() * (ids <= last)[:, None]
                 if adapter.scale is not None:
                     total.mul_(adapter.scale)
-                total.addmm_(hidden, adapter.b.float(), alpha=weight)
+                if last := len(adapter.a):
+                    hidden = adapter.a[ids.clamp(max=last - 1)].float() * (ids < last)[:, None]
+                    total.addmm_(hidden, adapter.b.float(), alpha=weight)
             e[group.rows] = total.to(e.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Delta:
+    """`LoraDelta` of one site."""
+
+    x: torch.Tensor
+    routing: Routing
+    table: SiteTable
+
+    def add_to(self, y: torch.Tensor) -> None:
+        if not self.routing.groups or not self.table:
+            return
+        inputs = self.x.float()
+        for group in self.routing.groups:
+            adapters = [(self.table[slot], weight) for slot, weight in group.entries if slot in self.table]
+            if adapters:
+                _apply_to_rows(y, group.rows, inputs[group.rows], adapters)
 
 
 def _apply_to_rows(

@@ -16,7 +16,7 @@ outputs lie side by side in y. An adapter need not cover every linear of a site.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,11 @@ class Routing:
     groups: tuple[RowGroup, ...]
     slots: tuple[int, ...]
     """Distinct slots named by any group, ascending."""
+    decode_rows: int = 0
+    """So many of the first rows decode, the others belong to prompts. A backend may serve the two by
+    different kernels: the same row always by the same one."""
+    rows: int = 0
+    """How many there are in all, those without entries included; 0 only where there are no groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class LoraWeights:
     parts: tuple[LoraPart, ...]
 
 
-SiteTable = Mapping[int, LoraWeights]
+SiteTable = MutableMapping[int, LoraWeights]
 """Slot to weights at one site. A slot whose adapter leaves the site alone is absent."""
 
 
@@ -88,48 +93,67 @@ class EmbeddingLora:
     """[hidden] fp32: multiplies the base's embedding."""
 
 
-EmbeddingTable = Mapping[int, EmbeddingLora]
+EmbeddingTable = MutableMapping[int, EmbeddingLora]
 """Slot to weights at an embedding."""
 
 
+class Placed(Protocol):
+    """A routing where its backend reads it. Made by `LoraOps.place`, opaque to everybody else."""
+
+
+class LoraDelta(Protocol):
+    """What adapters bring to one site's output in one step; begun, and perhaps still being computed."""
+
+    def add_to(self, y: torch.Tensor) -> None:
+        """Apply it to `y` [rows, sum of the site's outputs], the base's output, in place."""
+        ...
+
+
 class LoraOps(Protocol):
-    """A backend. Stateless as seen from outside; one instance serves every site of a model."""
+    """A backend. One instance serves every site of a model; what it keeps is in the tables it makes."""
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, routing: Routing, table: SiteTable) -> None:
-        """Apply every row's adapters to `y` in place.
+    def site_table(self, widths: Sequence[int], *, shares: int = 1) -> SiteTable:
+        """An empty table for one site whose linears have these outputs. With `shares`, one slot of an adapter
+        stands for that many entries: the keys are slot * shares + share."""
+        ...
 
-        Args:
-            y: [rows, sum of the site's outputs], the base's output, any float dtype.
-            x: [rows, in], the site's input, same dtype as y.
-            routing: groups of these rows.
-            table: the site's resident adapters.
+    def embedding_table(self) -> EmbeddingTable:
+        """An empty table for an embedding."""
+        ...
 
-        Accumulates in fp32 and casts once. A row's result does not depend on the other rows' adapters.
+    def place(self, routing: Routing, *, shares: int = 1) -> Placed:
+        """Put a routing where the operators read it. `shares`: as of the tables it will be used with."""
+        ...
+
+    def start_lora(self, x: torch.Tensor, placed: Placed, table: SiteTable) -> LoraDelta:
+        """Begin what every row's adapters make of the site's input x [rows, in], any float dtype.
+
+        Accumulates in fp32. A row's result does not depend on the other rows' adapters.
         """
         ...
 
     def add_embedding(
-        self, e: torch.Tensor, tokens: torch.Tensor, routing: Routing, table: EmbeddingTable
+        self, e: torch.Tensor, tokens: torch.Tensor, placed: Placed, table: EmbeddingTable
     ) -> None:
         """Apply every row's adapters to the embeddings `e` in place.
 
         Args:
             e: [rows, hidden], the base's embeddings, any float dtype.
             tokens: [rows] int64. A token beyond an adapter's vocabulary gets nothing from its A and B.
-            routing: groups of these rows.
+            placed: groups of these rows.
             table: the adapters resident at this embedding.
         """
         ...
 
 
-def route(row_entries: Sequence[Entries]) -> Routing:
-    """Group rows by identical entry list, in order of first appearance."""
+def route(row_entries: Sequence[Entries], *, decode_rows: int = 0) -> Routing:
+    """Group rows by identical entry list, in order of first appearance; the first `decode_rows` decode."""
     members: dict[Entries, list[int]] = {}
     for row, entries in enumerate(row_entries):
         if entries:
             members.setdefault(entries, []).append(row)
     groups = tuple(RowGroup(entries, _compact(rows), len(rows)) for entries, rows in members.items())
-    return Routing(groups, tuple(sorted(_distinct_slots(members))))
+    return Routing(groups, tuple(sorted(_distinct_slots(members))), decode_rows, len(row_entries))
 
 
 def _distinct_slots(entry_lists: Iterable[Entries]) -> set[int]:

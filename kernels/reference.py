@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from .ops import EmbeddingTable, Entries, SiteTable
+from .ops import EmbeddingLora, Entries, LoraWeights
 
 
 def reference_lora(
-    y: torch.Tensor, x: torch.Tensor, row_entries: Sequence[Entries], table: SiteTable
+    y: torch.Tensor, x: torch.Tensor, row_entries: Sequence[Entries], table: Mapping[int, LoraWeights]
 ) -> torch.Tensor:
-    """What `LoraOps.add_lora` makes of `y`, exactly as the contract's formula reads.
+    """What `LoraOps.start_lora(x, …).add_to(y)` makes of `y`, exactly as the contract's formula reads.
 
     Args:
         y: [rows, out], the base's output, any float dtype; left as it is.
@@ -40,7 +40,7 @@ def reference_lora(
 
 
 def reference_embedding(
-    e: torch.Tensor, tokens: torch.Tensor, row_entries: Sequence[Entries], table: EmbeddingTable
+    e: torch.Tensor, tokens: torch.Tensor, row_entries: Sequence[Entries], table: Mapping[int, EmbeddingLora]
 ) -> torch.Tensor:
     """What `LoraOps.add_embedding` makes of `e`; arguments and result as there and in `reference_lora`."""
     result = e.double()
@@ -55,7 +55,7 @@ def reference_embedding(
 
 
 def _applied(
-    row_entries: Sequence[Entries], rows: int, table: SiteTable | EmbeddingTable
+    row_entries: Sequence[Entries], rows: int, table: Mapping[int, LoraWeights] | Mapping[int, EmbeddingLora]
 ) -> list[tuple[int, int, float]]:
     """(row, slot, weight) of every entry that changes something, in order."""
     if len(row_entries) != rows:

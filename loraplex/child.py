@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class Program:
     argv: tuple[str, ...]
     until_ready: Callable[[], Awaitable[None]]
     """Returns once the program answers; cancelled when it exits first."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Beside this process's own."""
 
 
 def loraplex_command(*arguments: str) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=child_environment(),
+            env=child_environment() | dict(program.environment),
         )
         self._pump = threading.Thread(target=self._pump_log, name=f"log of {program.label}", daemon=True)
         self._pump.start()

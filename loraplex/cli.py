@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from . import __version__, lifeline
+from . import __version__, lifeline, torchrun
 from .adapter_tools.commands import adapters
 from .adapter_tools.errors import ToolFailed
-from .launch import LaunchFailed, serve
+from .keeper import LaunchFailed
+from .launch import serve
+from .loadtest.command import bench
 from .router.config import RouterConfig
 from .settings import REQUIRED, ROUTER, SERVE, SHARD, Setting, SettingError, build, read_file, split_serve
 from .shard.config import ShardConfig
@@ -28,6 +31,7 @@ _ELSEWHERE = (
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(adapters, name="adapters")
+app.command("bench")(bench)
 
 
 def main() -> None:
@@ -149,10 +153,10 @@ def _prepare_part() -> None:
 
 @_configured("serve", SERVE)
 def _serve(values: dict[str, Any]) -> int:
-    """Serve MODEL and its adapters: starts a shard and a router and keeps them running."""
+    """Serve MODEL and its adapters: starts shards and a router and keeps them running."""
     shard, router = split_serve(values)
     lifeline.watch()
-    return serve(shard, router)
+    return serve(shard, router, tp=values["tp"], replicas=values["replicas"])
 
 
 @_configured("router", ROUTER)
@@ -168,7 +172,9 @@ def _router(values: dict[str, Any]) -> int:
 @_configured("shard", SHARD)
 def _shard(values: dict[str, Any]) -> int:
     """Run one shard process: it holds MODEL on a device and obeys a router."""
-    config = build(ShardConfig, values)
+    placed = torchrun.place(values, os.environ)
+    config = build(ShardConfig, placed.values)
+    os.environ.update(placed.environment)
     _prepare_part()
     from .shard.main import run as run_shard
 

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from .finding import Finding
 
 MINIMUM = {"torch": (2, 11), "transformers": (5, 17)}
 _GIB = 1024**3
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. `fatal`: serving is impossible until it is mended."""
-
-    topic: str
-    text: str
-    fatal: bool = False
-
-
 def run() -> int:
     """Print the report; answers 1 if something makes serving impossible, else 0."""
-    findings = list(examine())
-    for finding in findings:
-        print(f"{'FAIL ' if finding.fatal else ''}{finding.topic}: {finding.text}")
-    fatal = any(finding.fatal for finding in findings)
-    print("this machine cannot serve yet" if fatal else "this machine can serve")
-    return 1 if fatal else 0
+    findings = []
+    for finding in examine():
+        is_bad = finding.fatal or finding.bars_cuda
+        print(f"{'FAIL ' if is_bad else ''}{finding.topic}: {finding.text}", flush=True)
+        findings.append(finding)
+    if any(finding.fatal for finding in findings):
+        print("this machine cannot serve yet")
+        return 1
+    barred = any(finding.bars_cuda for finding in findings)
+    print("this machine can serve with --device cpu only" if barred else "this machine can serve")
+    return 0
 
 
 def examine() -> Iterator[Finding]:
@@ -85,6 +81,19 @@ def _flags(text: str) -> set[str]:
     return set()
 
 
+def extension() -> Iterator[Finding]:
+    """By what operators a CPU serves. torch has been imported before: the extension shares its threads."""
+    try:
+        from .kernels import _native
+    except ImportError as error:
+        yield Finding("cpu operators", f"torch's alone; the C++ extension is not here ({error})")
+        yield Finding(
+            "slow", "adapters on a CPU, without the extension: install a C++ compiler, then loraplex again"
+        )
+        return
+    yield Finding("cpu operators", f"the C++ extension's, with {_native.levels()[0]}")
+
+
 def _compute() -> Iterator[Finding]:
     try:
         import torch
@@ -93,20 +102,12 @@ def _compute() -> Iterator[Finding]:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("threads", f"{torch.get_num_threads()} for operators, {cores} cores usable")
-    if not torch.cuda.is_available():
-        yield Finding("device", "cpu (torch sees no CUDA device); --device auto takes it")
-        yield Finding(
-            "slow", "a CPU suits small models; a model of 7 billion parameters takes seconds per token"
-        )
+    yield from extension()
+    from . import doctor_cuda
+
+    if torch.cuda.is_available():
+        yield from doctor_cuda.gpus()
         return
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    yield Finding("device", f"{torch.cuda.get_device_name()} (compute capability {capability})")
-    yield _cupy()
-
-
-def _cupy() -> Finding:
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as error:
-        return Finding("cupy", f"not usable ({error}); install the extra: pip install 'loraplex[cuda]'")
-    return Finding("cupy", f"{cupy.__version__}")
+    yield Finding("device", "cpu (torch sees no CUDA device); --device auto takes it")
+    yield Finding("slow", "a CPU suits small models; a model of 7 billion parameters takes seconds per token")
+    yield doctor_cuda.sources()

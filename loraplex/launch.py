@@ -1,100 +1,74 @@
-"""`loraplex serve`: start a shard and a router, keep them running, and stop them in order."""
+"""`loraplex serve`: start shards and a router, keep them running, and stop them in order."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import ipaddress
+import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from .child import Child, Program, describe_exit, loraplex_command
+from .handshake import rehearse
+from .keeper import REFUSED, GroupKeeper, LaunchFailed, RestartPolicy
 from .probes import until_router_ready, until_shard_ready
+from .proto.credentials import Credentials, is_loopback, read_credentials
 from .router.config import RouterConfig
 from .settings import to_flags
 from .shard.config import ShardConfig
 
-REFUSED = 2
-"""Exit code of a child that refuses its configuration or its model: another try cannot help."""
 _DRAIN_MARGIN = 10.0
 """Seconds that a router gets beyond its own drain timeout."""
 _SHARD_PATIENCE = 10.0
 
 
-class LaunchFailed(Exception):
-    """The server cannot be started or kept up. `code` is the launcher's exit code."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
-    """When a dead shard is started again. Times are seconds."""
-
-    deaths: int = 5
-    """So many deaths in a row end the server."""
-    window: float = 60.0
-    """A death after so much good service begins a new row."""
-    first_delay: float = 0.5
-    max_delay: float = 10.0
-
-    def delay(self, deaths: int) -> float:
-        """How long to wait after the given number of deaths in a row; doubles each time."""
-        return min(self.max_delay, self.first_delay * 2.0 ** (deaths - 1))
-
-
 class Supervisor:
-    """Owns the two children from start to stop.
+    """Owns the shard groups and the router from start to stop.
 
     Args:
-        shard, router: what to start; the router is started once the shard is ready.
+        groups: keep the groups of ranks running.
+        router: what to start once every group is ready.
         drain_timeout: seconds that the router may take to finish what runs.
-        restarts: when to start a dead shard again, and when to give up.
         log: takes every line, the children's and ours; called from several threads.
-        announce: called once, when both are ready.
+        announce: called once, when all are ready.
     """
 
     def __init__(
         self,
-        shard: Program,
+        groups: Sequence[GroupKeeper],
         router: Program,
         *,
         drain_timeout: float,
-        restarts: RestartPolicy,
         log: Callable[[str], None],
         announce: Callable[[], None],
     ) -> None:
-        self._shard_program = shard
+        self._groups = groups
         self._router_program = router
         self._drain_timeout = drain_timeout
-        self._restarts = restarts
         self._log = log
         self._announce = announce
-        self._shard: Child | None = None
         self._router: Child | None = None
-        self._shard_ready = asyncio.Event()
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; a second signal ends the children at once.
 
         Raises:
-            LaunchFailed: the shard refused or keeps dying, or the router died. Nothing is left running.
+            LaunchFailed: a group refused or keeps dying, or the router died. Nothing is left running.
         """
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._on_signal)
         stopping = asyncio.create_task(self._stopping.wait())
-        keepers = {asyncio.create_task(self._keep_shard()), asyncio.create_task(self._keep_router())}
+        keepers = {asyncio.create_task(group.keep()) for group in self._groups}
+        keepers.add(asyncio.create_task(self._keep_router()))
         try:
             done, _ = await asyncio.wait({stopping, *keepers}, return_when=asyncio.FIRST_COMPLETED)
             for task in done & keepers:
@@ -109,52 +83,19 @@ class Supervisor:
             self._log("stopping: running requests may finish; a second signal ends them")
             self._stopping.set()
             return
-        for child in (self._router, self._shard):
-            if child is not None:
-                child.kill()
+        if self._router is not None:
+            self._router.kill()
+        for group in self._groups:
+            group.kill()
 
     async def _stop(self) -> None:
         if self._router is not None:
             await self._router.stop(self._drain_timeout + _DRAIN_MARGIN)
-        if self._shard is not None:
-            await self._shard.stop(_SHARD_PATIENCE)
-
-    async def _keep_shard(self) -> NoReturn:
-        deaths = 0
-        while True:
-            served = await self._run_shard_once()
-            deaths = 1 if served >= self._restarts.window else deaths + 1
-            await self._pause_after(deaths)
-
-    async def _run_shard_once(self) -> float:
-        """Seconds that the shard served before it died; 0 if it never became ready."""
-        self._shard = child = Child(self._shard_program, self._log)
-        started = time.monotonic()
-        ready = await child.until_ready()
-        ready_at = time.monotonic()
-        if ready:
-            if self._shard_ready.is_set():
-                self._log(f"{child.program.label} is ready again after {ready_at - started:.1f} s")
-            self._shard_ready.set()
-        code = await asyncio.shield(child.exited)
-        if not ready and code == REFUSED:
-            raise LaunchFailed(REFUSED, f"{child.program.label} refused to start: {child.last_line}")
-        self._log(f"{child.program.label} died ({describe_exit(code)})")
-        return time.monotonic() - ready_at if ready else 0.0
-
-    async def _pause_after(self, deaths: int) -> None:
-        label = self._shard_program.label
-        if deaths >= self._restarts.deaths:
-            last_line = self._shard.last_line if self._shard is not None else ""
-            raise LaunchFailed(
-                1, f"{label} died {deaths} times in a row, giving up; its last line: {last_line}"
-            )
-        delay = self._restarts.delay(deaths)
-        self._log(f"{label} starts again in {delay:.1f} s")
-        await asyncio.sleep(delay)
+        await asyncio.gather(*(group.stop(_SHARD_PATIENCE) for group in self._groups))
 
     async def _keep_router(self) -> NoReturn:
-        await self._shard_ready.wait()
+        for group in self._groups:
+            await group.ready.wait()
         self._router = child = Child(self._router_program, self._log)
         ready = await child.until_ready()
         if ready:
@@ -165,19 +106,37 @@ class Supervisor:
         raise LaunchFailed(code if code > 0 else 1, f"router did not start: {child.last_line}")
 
 
-def serve(shard: ShardConfig, router: RouterConfig, restarts: RestartPolicy | None = None) -> int:
+def serve(
+    shard: ShardConfig,
+    router: RouterConfig,
+    *,
+    tp: int = 1,
+    replicas: int = 1,
+    restarts: RestartPolicy | None = None,
+) -> int:
     """Run a server in the foreground until a signal ends it; answers 0.
 
-    `shard.port` and `router.ranks` are chosen here, as are router ports given as 0.
+    Ports that are 0, and every rank's address, are chosen here.
+
+    Args:
+        shard: of every rank, but for what tells them apart.
+        tp: ranks that hold one copy of the model between them.
+        replicas: groups of as many ranks, each with a copy of its own.
 
     Raises:
-        LaunchFailed: see `Supervisor.run`; also, a port is taken.
+        LaunchFailed: see `Supervisor.run`; also, a port is taken, or the certificates will not do.
     """
     started = time.monotonic()
-    shard, router = _with_ports(shard, router)
-    if router.api_key_file is None and not _is_loopback(router.host):
+    credentials = _credentials(shard, router)
+    router, ports = _with_ports(router, shard.host, tp * replicas)
+    groups = [ports[first : first + tp] for first in range(0, len(ports), tp)]
+    host = _bracketed(shard.host)
+    router = dataclasses.replace(
+        router, groups=tuple(tuple(f"{host}:{port}" for port in group) for group in groups)
+    )
+    if router.api_key_file is None and not is_loopback(router.host):
         _warn(f"listening on {router.host} without --api-key-file: anyone who can reach it can use it")
-    address, probe_host = router.ranks[0], _reachable(router.host)
+    probe_host = _reachable(router.host)
 
     def announce() -> None:
         elapsed = time.monotonic() - started
@@ -185,11 +144,6 @@ def serve(shard: ShardConfig, router: RouterConfig, restarts: RestartPolicy | No
         grpc = f"{_bracketed(probe_host)}:{router.grpc_port}"
         print(f"ready in {elapsed:.1f} s: {url} (gRPC: {grpc})", flush=True)
 
-    shard_program = Program(
-        label="shard 0",
-        argv=loraplex_command("shard", *to_flags(shard)),
-        until_ready=lambda: until_shard_ready(address),
-    )
     router_program = Program(
         label="router",
         argv=loraplex_command("router", *to_flags(router)),
@@ -197,17 +151,86 @@ def serve(shard: ShardConfig, router: RouterConfig, restarts: RestartPolicy | No
     )
 
     async def supervise() -> None:
+        log = Log().write
+        keepers: list[GroupKeeper] = []
+        for index in range(replicas):
+            programs = partial(rank_programs, shard, groups, index, credentials)
+            keepers.append(GroupKeeper(programs, restarts or RestartPolicy(), log, among=keepers))
         await Supervisor(
-            shard_program,
-            router_program,
-            drain_timeout=router.drain_timeout,
-            restarts=restarts or RestartPolicy(),
-            log=Log().write,
-            announce=announce,
+            keepers, router_program, drain_timeout=router.drain_timeout, log=log, announce=announce
         ).run()
 
     asyncio.run(supervise())
     return 0
+
+
+def _credentials(shard: ShardConfig, router: RouterConfig) -> Credentials | None:
+    """For both sides, after a look that they will trust each other."""
+    try:
+        credentials = read_credentials(router, router.tls_name)
+        rehearse(router, router.tls_name or shard.host)
+    except ValueError as error:
+        raise LaunchFailed(REFUSED, str(error)) from None
+    return credentials
+
+
+def rank_programs(
+    shard: ShardConfig,
+    groups: Sequence[Sequence[int]],
+    index: int,
+    credentials: Credentials | None = None,
+) -> list[Program]:
+    """One program for each rank of a group. `groups`: the ports at which every group's ranks listen."""
+    before, total = sum(map(len, groups[:index])), sum(map(len, groups))
+    prefix = f"group {index} " if len(groups) > 1 else ""
+    return [
+        Program(
+            label=f"{prefix}shard {config.rank}",
+            argv=loraplex_command("shard", *to_flags(config)),
+            until_ready=partial(until_shard_ready, f"{_bracketed(config.host)}:{config.port}", credentials),
+            environment=_device_of(config, before + config.rank, total),
+        )
+        for config in rank_configs(shard, groups, index)
+    ]
+
+
+def rank_configs(shard: ShardConfig, groups: Sequence[Sequence[int]], index: int) -> list[ShardConfig]:
+    """The configuration of each rank of a group. The ranks of all groups share the processor."""
+    ports = groups[index]
+    before, total = sum(map(len, groups[:index])), sum(map(len, groups))
+    if total == 1:
+        return [dataclasses.replace(shard, port=ports[0])]
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // total)
+    own = [tuple(cores[place * share : (place + 1) * share]) for place in range(before, before + len(ports))]
+    master = _meeting_point(shard.host) if len(ports) > 1 else ""
+    return [
+        dataclasses.replace(
+            shard,
+            port=port,
+            rank=rank,
+            world_size=len(ports),
+            master=master,
+            threads=shard.threads or share,
+            cores=own[rank] if shard.device != "cuda" else (),
+        )
+        for rank, port in enumerate(ports)
+    ]
+
+
+def _meeting_point(host: str) -> str:
+    """Where the ranks of a group find each other: a port that is free now."""
+    with _bind(host, 0, "--host") as held:
+        return f"{_bracketed(host)}:{held.getsockname()[1]}"
+
+
+def _device_of(config: ShardConfig, place: int, total: int) -> dict[str, str]:
+    """Which GPU a rank sees: one of its own where there are several ranks, counted over all groups."""
+    if total == 1 or config.device == "cpu":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [str(number) for number in range(total)] if visible is None else visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": devices[place]} if place < len(devices) else {}
 
 
 class Log:
@@ -230,16 +253,14 @@ class Log:
                 self._open = False
 
 
-def _with_ports(shard: ShardConfig, router: RouterConfig) -> tuple[ShardConfig, RouterConfig]:
-    """The configurations with every port chosen. The ports are held together while they are chosen,
-    so that they differ, and let go before the children bind them."""
+def _with_ports(router: RouterConfig, shard_host: str, shards: int) -> tuple[RouterConfig, list[int]]:
+    """The router with its ports chosen, and a port for each shard. They are held together while they are
+    chosen, so that they differ, and let go before the children bind them."""
     with ExitStack() as held:
         port = held.enter_context(_bind(router.host, router.port, "--port")).getsockname()[1]
         grpc_port = held.enter_context(_bind(router.host, router.grpc_port, "--grpc-port")).getsockname()[1]
-        shard_port = held.enter_context(_bind(shard.host, shard.port, "--port")).getsockname()[1]
-    shard = dataclasses.replace(shard, port=shard_port)
-    ranks = (f"{_bracketed(shard.host)}:{shard_port}",)
-    return shard, dataclasses.replace(router, port=port, grpc_port=grpc_port, ranks=ranks)
+        ports = [held.enter_context(_bind(shard_host, 0, "--host")).getsockname()[1] for _ in range(shards)]
+    return dataclasses.replace(router, port=port, grpc_port=grpc_port), ports
 
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:
@@ -251,13 +272,6 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
         raise LaunchFailed(
             1, f"cannot listen on {host}, port {port}: {reason}; choose another with --host or {flag}"
         ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

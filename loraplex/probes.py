@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from .proto.credentials import Credentials
+
 _PAUSE = 0.05
 """Seconds between two tries."""
 _PATIENCE = 5.0
 """Seconds that one try may take."""
 
 
-async def until_shard_ready(address: str) -> None:
-    """Return once `grpc.health.v1` at host:port answers SERVING."""
+async def until_shard_ready(address: str, credentials: Credentials | None = None) -> None:
+    """Return once `grpc.health.v1` at host:port answers SERVING; over TLS with credentials."""
     import grpc.aio
     from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from .proto.transport import open_channel
 
     options = [
         ("grpc.enable_http_proxy", 0),
@@ -22,7 +26,7 @@ async def until_shard_ready(address: str) -> None:
         ("grpc.max_reconnect_backoff_ms", 200),
     ]
     request = health_pb2.HealthCheckRequest()
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
+    async with open_channel(address, options, credentials) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while True:
             try:

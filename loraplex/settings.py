@@ -89,6 +89,16 @@ def parse_adapter(value: object) -> AdapterSpec:
         ) from None
 
 
+def parse_group(value: object) -> tuple[str, ...]:
+    """Addresses of one group's ranks."""
+    addresses = value if isinstance(value, tuple) else tuple(parse_text(value).split(","))
+    if not all(addresses):
+        raise SettingError(
+            f"{value!r} is not a shard group; write HOST:PORT, or one for each rank: HOST:PORT,HOST:PORT"
+        )
+    return addresses
+
+
 def parse_switch(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -158,6 +168,10 @@ def _seconds(field: str, help: str) -> Setting:
     return Setting(field=field, help=help, metavar="SECONDS", parse=parse_seconds)
 
 
+def _file(field: str, help: str) -> Setting:
+    return Setting(field=field, help=help, metavar="FILE", parse=parse_readable_file)
+
+
 _TABLE = (
     Setting(
         field="model",
@@ -175,10 +189,11 @@ _TABLE = (
     _count("port", "Port to listen on; 0 takes a free one."),
     _count("grpc_port", "Port of the public gRPC interface; 0 takes a free one."),
     Setting(
-        field="ranks",
-        name="shard",
-        help="Address of a shard, rank 0 first; may be repeated.",
-        metavar="HOST:PORT",
+        field="groups",
+        name="group",
+        help="Addresses of one shard group, rank 0 first; may be repeated, once for each copy of the model.",
+        metavar="HOST:PORT,HOST:PORT",
+        parse=parse_group,
         many=True,
     ),
     Setting(
@@ -214,7 +229,7 @@ _TABLE = (
     _size("host_adapter_memory", "For adapters kept parsed in host memory."),
     _count("max_adapters", "Adapters resident at once, whatever their size."),
     _count("max_rank", "Largest rank that is served."),
-    _size("kv_memory", "For keys and values."),
+    _size("kv_memory", "For keys and values; 512MiB on a CPU, most of what is free on a GPU, unless set."),
     _count("block_size", "Tokens in one KV block."),
     _count("max_model_len", "Tokens of prompt and output together; as the model says unless set."),
     _count("max_num_seqs", "Sequences that run at once."),
@@ -224,13 +239,45 @@ _TABLE = (
     _count("max_body_bytes", "Largest request body."),
     _seconds("adapter_patience", "Wait for room before an adapter in use is drained for another."),
     _seconds("drain_timeout", "What running requests get to finish after SIGTERM."),
-    Setting(
-        field="api_key_file",
-        help="File of lines `key tenant [adapter globs]`; with it every route but health needs a key.",
-        metavar="FILE",
-        parse=parse_readable_file,
+    _seconds("connect_timeout", "What shards get to answer for the first time."),
+    _file(
+        "api_key_file",
+        "File of lines `key tenant [adapter globs]`; with it every route but health needs a key.",
     ),
     _count("threads", "CPU threads of the operators; torch's own choice unless set."),
+    Setting(
+        field="cores",
+        name="core",
+        help="A processor core to stay on; may be repeated; all unless set.",
+        metavar="N",
+        parse=parse_count,
+        many=True,
+    ),
+    _count("rank", "This process's number among those that hold one copy of the model."),
+    _count("world_size", "How many processes hold one copy of the model."),
+    Setting(field="master", help="Where rank 0 waits for the other ranks.", metavar="HOST:PORT"),
+    _seconds("rank_patience", "What ranks get to meet, and what one may keep the others waiting."),
+    Setting(
+        field="store_prefix",
+        help="Where a store runs at --master already, as torchrun's does: what our keys in it begin with.",
+        metavar="TEXT",
+    ),
+    _file(
+        "tls_cert", "Certificate for the connection between router and shard, in PEM; then it is encrypted."
+    ),
+    _file("tls_key", "Its key."),
+    _file("tls_ca", "Certificate of the authority that must have signed the other side's."),
+    Setting(
+        field="tls_name",
+        help="What a shard's certificate must be made out to; the host of its address unless set.",
+        metavar="NAME",
+    ),
+    Setting(
+        field="plaintext",
+        help="Allow a connection between router and shard over a network without TLS.",
+        metavar="on|off",
+        parse=parse_switch,
+    ),
 )
 _BY_FIELD = {setting.field: setting for setting in _TABLE}
 
@@ -257,6 +304,7 @@ _SERVED_FIELDS = (
     *("max_adapters", "max_rank", "kv_memory", "max_model_len", "max_num_seqs"),
     *("max_step_tokens", "max_queued_requests", "max_queued_tokens", "adapter_patience"),
     *("api_key_file", "drain_timeout", "threads"),
+    *("tls_cert", "tls_key", "tls_ca", "tls_name"),
 )
 
 
@@ -266,9 +314,12 @@ def _settings_of_serve() -> tuple[Setting, ...]:
     known["served_model_name"] = dataclasses.replace(known["served_model_name"], default=None)
     degrees = (
         dataclasses.replace(
-            _count("tp", "Devices that share one copy of the model; only 1 so far."), default=1
+            _count("tp", "Processes, each with its own device, that hold the model between them."),
+            default=1,
         ),
-        dataclasses.replace(_count("replicas", "Copies of the model; only 1 so far."), default=1),
+        dataclasses.replace(
+            _count("replicas", "Copies of the model, each with processes and devices of its own."), default=1
+        ),
     )
     return (*(known[field] for field in _SERVED_FIELDS), *degrees)
 
@@ -321,7 +372,7 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
     """
     names = {field.name for field in dataclasses.fields(config)}
     given: dict[str, Any] = {
-        name: tuple(filter(None, value)) if isinstance(value, list) else value
+        name: tuple(item for item in value if item != "") if isinstance(value, list) else value
         for name, value in values.items()
         if name in names
     }
@@ -333,21 +384,22 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def split_serve(values: Mapping[str, Any]) -> tuple[ShardConfig, RouterConfig]:
-    """The two configurations behind `loraplex serve`; the shard's address is still open.
+    """The two configurations behind `loraplex serve`; the shards' addresses are still open.
 
     Raises:
         SettingError: a value is refused, or asks for what is not served.
     """
-    for name in ("tp", "replicas"):
-        if values[name] != 1:
-            raise SettingError(f"--{name} {values[name]}: only --{name} 1 is served so far")
+    if values["tp"] < 1:
+        raise SettingError(f"--tp {values['tp']}: at least one process must hold the model")
+    if values["replicas"] < 1:
+        raise SettingError(f"--replicas {values['replicas']}: at least one copy of the model is needed")
     for root in values["adapter_roots"]:
         if not Path(root).is_dir():
             raise SettingError(f"--adapter-root {root}: no such directory")
     ours = {name: value for name, value in values.items() if name not in ("host", "port")}
     shard = build(ShardConfig, ours)
     name = values["served_model_name"] or values["model"]
-    router = build(RouterConfig, {**values, "served_model_name": name, "ranks": ("127.0.0.1:0",)})
+    router = build(RouterConfig, {**values, "served_model_name": name, "groups": (("127.0.0.1:0",),)})
     return shard, router
 
 
@@ -376,4 +428,6 @@ def _as_typed(value: object) -> str:
         return f"{value.name}={value.source}" + ("" if plain else f"{_SCALING}{value.scaling!r}")
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(value)
     return str(value)

@@ -1,1 +1,2 @@
-"""The contracts between processes. The modules beside this file are generated: see `make proto`."""
+"""The contracts between processes, and how they are connected. The modules `*_pb2*` are generated: see
+`make proto`."""

@@ -11,7 +11,7 @@ from .config import MAX_SCALING, AdapterSpec
 from .errors import InvalidRequest, Overloaded, RouterError
 from .merges import Merge
 from .sources import Source, SourcePolicy, adapter_not_found, check_name, trusted_source
-from .versions import Adapter
+from .versions import Adapter, Copy
 
 BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 120.0
@@ -27,7 +27,7 @@ _Name = tuple[str | None, str]
 
 
 class AdapterRegistry:
-    """Names to versions of adapters, and their states on disk. Changed by the engine loop, by first use, and
+    """Names to versions of adapters, and their states on disks. Changed by the engine loop, by first use, and
     by the calls that load and unload.
 
     A name stands for one version at a time. A load of a name that has one makes a candidate; `promote` lets
@@ -68,8 +68,8 @@ class AdapterRegistry:
         """The version that this one's name stands for."""
         return self._names.get((adapter.owner, adapter.name))
 
-    def digests_on_disk(self) -> set[str]:
-        return {adapter.digest for adapter in self if adapter.on_disk}
+    def digests_on_disk(self, group: int) -> set[str]:
+        return {adapter.digest for adapter in self if adapter.copy(group).on_disk}
 
     # What a request or a call names.
 
@@ -188,8 +188,9 @@ class AdapterRegistry:
         known.scaling = candidate.scaling
         known.pinned |= candidate.pinned
         known.failures = 0
-        if not known.on_disk:
-            self.fetched(known, candidate.manifest, now)
+        for group, copy in candidate.copies.items():
+            if copy.on_disk and not known.copy(group).on_disk:
+                self.fetched(known, group, candidate.manifest, now)
         self.forget(candidate)
         return known
 
@@ -219,41 +220,60 @@ class AdapterRegistry:
 
     # What becomes of a version.
 
-    def fetching(self, adapter: Adapter) -> None:
-        adapter.state = AdapterState.FETCHING
-        adapter.bytes_done = adapter.bytes_total = 0
+    def fetching(self, adapter: Adapter, group: int) -> None:
+        copy = adapter.copies.setdefault(group, Copy())
+        copy.state = AdapterState.FETCHING
+        copy.bytes_done = copy.bytes_total = 0
 
-    def fetched(self, adapter: Adapter, manifest: Manifest, now: float) -> None:
-        adapter.state, adapter.fetched_at = AdapterState.ON_DISK, now
+    def fetched(self, adapter: Adapter, group: int, manifest: Manifest, now: float) -> None:
+        copy = adapter.copies.setdefault(group, Copy())
+        copy.state, copy.bytes, copy.fetched_at = AdapterState.ON_DISK, manifest.bytes, now
+        copy.failure, copy.retry_at = None, 0.0
         adapter.manifest = manifest
         adapter.failure, adapter.retry_at = None, 0.0
 
-    def failed(self, adapter: Adapter, error: RouterError, now: float) -> None:
-        """Remember the error; the next try waits twice as long as the last, give or take a quarter."""
-        delay = min(BACKOFF_MOST, BACKOFF_FIRST * 2**adapter.failures)
+    def failed(self, adapter: Adapter, group: int, error: RouterError, now: float) -> None:
+        """No group can have it. Remember the error; the next try waits twice as long as the last, give or
+        take a quarter."""
+        adapter.retry_at = now + self._backoff(adapter.failures)
         adapter.failures = min(adapter.failures + 1, 16)
-        adapter.retry_at = now + delay * self._jitter.uniform(0.75, 1.25)
-        adapter.failure, adapter.state = error, AdapterState.FAILED
+        adapter.failure = error
+        adapter.copies.pop(group, None)
 
-    def absent(self, adapter: Adapter, retry_at: float = 0.0) -> None:
-        """Nothing is known to be on disk: fetch it again when it is wanted, not before `retry_at`."""
-        adapter.state = AdapterState.ABSENT
-        adapter.retry_at = retry_at
+    def failed_here(self, adapter: Adapter, group: int, error: RouterError, now: float) -> None:
+        """As `failed`, for one group, while another has it or is about to."""
+        failures = adapter.copy(group).failures
+        adapter.copies[group] = Copy(
+            failures=min(failures + 1, 16), retry_at=now + self._backoff(failures), failure=error
+        )
+
+    def postpone(self, adapter: Adapter, group: int, retry_at: float) -> None:
+        """This group does not try again before `retry_at`."""
+        copy = adapter.copies.setdefault(group, Copy())
+        copy.failures += 1
+        copy.retry_at = retry_at
+
+    def absent(self, adapter: Adapter, group: int, retry_at: float = 0.0) -> None:
+        """This group has nothing on disk: it fetches again when that is wanted, not before `retry_at`."""
+        adapter.copies[group] = Copy(failures=adapter.copy(group).failures, retry_at=retry_at)
 
     def trim(self, in_use: Callable[[str], bool]) -> None:
         """Bound what requests alone make us remember: forget the oldest that nobody uses."""
         surplus = len(self._adapters) - MAX_UNREGISTERED
         for adapter in list(self) if surplus > 0 else ():
             kept = adapter.registered or adapter.pinned or adapter.closing or adapter.leases
-            if surplus > 0 and not (kept or adapter.state is AdapterState.FETCHING or in_use(adapter.key)):
+            if surplus > 0 and not (kept or adapter.fetching or in_use(adapter.key)):
                 self.forget(adapter)
                 surplus -= 1
 
-    def reset(self) -> None:
-        """The shard group is gone; what it had on disk is asked for anew. Failures stay remembered."""
+    def lost(self, group: int) -> None:
+        """A shard group is gone; what it had on disk is asked for anew. Failures stay remembered."""
         for adapter in self:
-            if adapter.state is not AdapterState.FAILED:
-                self.absent(adapter)
+            adapter.copies.pop(group, None)
+
+    def _backoff(self, failures: int) -> float:
+        longest: float = min(BACKOFF_MOST, BACKOFF_FIRST * 2**failures)
+        return longest * self._jitter.uniform(0.75, 1.25)
 
     def _add(
         self, name: str, source: Source | Merge, *, owner: str | None, registered: bool, token: str = ""
@@ -270,8 +290,7 @@ class AdapterRegistry:
     def _renew_token(self, adapter: Adapter, token: str) -> None:
         if token and token != adapter.token and adapter.owner is not None:
             adapter.token = token
-            if adapter.state is AdapterState.FAILED:
-                self.absent(adapter)
+            adapter.failure, adapter.retry_at = None, 0.0
 
 
 def _spellings(adapter: Adapter) -> tuple[str, ...]:

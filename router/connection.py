@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..proto import shard_pb2, shard_pb2_grpc
-from .errors import InternalError
+from ..proto.credentials import Credentials
+from ..proto.transport import open_channel
+from .errors import RanksDiffer, ShardLost
 from .rpc_errors import typed
 
 if TYPE_CHECKING:
     from ..proto.shard_pb2_grpc import ShardAsyncStub
 
 log = logging.getLogger(__name__)
+
+_READINESS = health_pb2.HealthCheckRequest(service="readiness")
+"""Asks a shard whether it takes new work: no longer, once it was told to stop."""
 
 PROTOCOL_VERSION = 1
 FAREWELL_SECONDS = 1.0
@@ -61,7 +67,13 @@ class Deadlines:
 
 
 class Connection:
-    """One epoch's streams. `lost` is set, with the reason, by the first thing that goes wrong."""
+    """One epoch's streams. `lost` is set, with the reason, by the first thing that goes wrong; `released`
+    where this side leaves in order.
+
+    Args:
+        answered: takes rank 0's answers.
+        draining: called once a rank wants no new work, since it is about to stop.
+    """
 
     def __init__(
         self,
@@ -69,11 +81,16 @@ class Connection:
         addresses: tuple[str, ...],
         deadlines: Deadlines,
         answered: Callable[[shard_pb2.StepResult], None],
+        credentials: Credentials | None = None,
+        draining: Callable[[], None] = lambda: None,
     ) -> None:
         self.epoch = epoch
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._draining = draining
         self._deadlines = deadlines
-        self._channels = [grpc.aio.insecure_channel(a, options=CHANNEL_OPTIONS) for a in addresses]
+        self._channels = [open_channel(each, CHANNEL_OPTIONS, credentials) for each in addresses]
+        self._health: list[Any] = [health_pb2_grpc.HealthStub(channel) for channel in self._channels]
         self.stubs = [cast("ShardAsyncStub", shard_pb2_grpc.ShardStub(channel)) for channel in self._channels]
         self._answers = [_Answers(answered if rank == 0 else _drop) for rank in range(len(addresses))]
         self._outgoing: list[asyncio.Queue[shard_pb2.StepPlan]] = [asyncio.Queue() for _ in addresses]
@@ -83,7 +100,7 @@ class Connection:
         self._decoding: list[asyncio.Task[None]] = []
         """Readers of the decode streams, by rank."""
 
-    async def open(self) -> shard_pb2.InfoReply:
+    async def open(self) -> list[shard_pb2.InfoReply]:
         """Ask every rank what it is, then open the decode streams. Raises a typed error if a rank is missing
         or the ranks do not form one group."""
         calls = [
@@ -91,13 +108,17 @@ class Connection:
         ]
         infos = await asyncio.gather(*calls)
         check_group(infos)
+        if not all(await asyncio.gather(*(self._is_ready(stub) for stub in self._health))):
+            raise ShardLost("A rank is about to stop.")
         for rank, stub in enumerate(self.stubs):
             call = stub.Decode()
             self._spawn(self._write(rank, call))
             self._decoding.append(self._spawn(self._read(rank, call)))
         self._spawn(self._watch())
+        for stub in self._health:
+            self._spawn(self._watch_readiness(stub))
         infos[0].adapter_bytes = min(info.adapter_bytes for info in infos)
-        return infos[0]
+        return infos
 
     def send(self, plan: shard_pb2.StepPlan) -> None:
         """Hand a plan to every rank: by Prefill if it only holds prompt work, else on the decode stream."""
@@ -127,6 +148,28 @@ class Connection:
             await asyncio.wait(self._tasks)
         for channel in self._channels:
             await channel.close()
+
+    async def _is_ready(self, stub: Any) -> bool:
+        """This rank takes work. One that does not say so either way does."""
+        try:
+            reply = await stub.Check(_READINESS, timeout=self._deadlines.info)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
+                return True
+            raise ShardLost(f"A rank does not tell its health: {error.details()}") from error
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def _watch_readiness(self, stub: Any) -> None:
+        """Hear when this rank is about to stop. A broken stream is told by the decode stream."""
+        call = stub.Watch(_READINESS)
+        try:
+            async for reply in call:
+                if reply.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                    self._draining()
+        except grpc.aio.AioRpcError:
+            return
+        finally:
+            call.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -220,16 +263,19 @@ def _drop(result: shard_pb2.StepResult) -> None:
 
 
 def check_group(infos: list[shard_pb2.InfoReply]) -> None:
-    """InternalError unless these ranks speak this protocol and hold the same model in the same layout."""
+    """RanksDiffer unless these ranks speak this protocol and hold the same model in the same layout."""
     for rank, info in enumerate(infos):
         if info.protocol_version != PROTOCOL_VERSION:
-            raise InternalError(
+            raise RanksDiffer(
                 f"rank {rank} speaks protocol {info.protocol_version}, the router {PROTOCOL_VERSION}"
             )
         if (info.rank, info.world_size) != (rank, len(infos)):
-            raise InternalError(f"rank {rank} of {len(infos)} says it is {info.rank} of {info.world_size}")
+            raise RanksDiffer(
+                f"the shard given as rank {rank} of {len(infos)} says it is rank {info.rank} "
+                f"of {info.world_size}"
+            )
         if len(info.kv_groups) != 1:
-            raise InternalError(f"rank {rank} has {len(info.kv_groups)} KV groups; one is supported")
+            raise RanksDiffer(f"rank {rank} has {len(info.kv_groups)} KV groups; one is supported")
         for name in (
             "model_digest",
             "dtype",
@@ -238,7 +284,8 @@ def check_group(infos: list[shard_pb2.InfoReply]) -> None:
             "max_step_tokens",
             "max_model_len",
         ):
-            if getattr(info, name) != getattr(infos[0], name):
-                raise InternalError(f"rank {rank} and rank 0 differ in {name}")
+            own, first = getattr(info, name), getattr(infos[0], name)
+            if own != first:
+                raise RanksDiffer(f"rank {rank} and rank 0 differ in {name}: {own} and {first}")
         if list(info.kv_groups) != list(infos[0].kv_groups):
-            raise InternalError(f"rank {rank} and rank 0 differ in their KV blocks")
+            raise RanksDiffer(f"rank {rank} and rank 0 differ in their KV blocks")

@@ -6,19 +6,21 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 
 from ..proto import shard_pb2
 from .client import AdapterQuery, AdapterStatus, ModelInfo, PreparedAdapter
 from .config import RouterConfig
 from .core import Core, draining
-from .errors import InternalError, InvalidRequest, Overloaded, RouterError
+from .errors import AdapterNotFound, InternalError, InvalidRequest, Overloaded, RouterError, ShardLost
 from .fetches import AdapterTasks
-from .group import context_length
 from .messages import (
     Cancelled,
     DrainBegan,
     DrainEnded,
+    GroupDraining,
     GroupLost,
     GroupReady,
     LoadWished,
@@ -43,20 +45,21 @@ TICK = 0.25
 
 
 class Engine:
-    """`EngineClient` over one shard group.
+    """`EngineClient` over one or several shard groups.
 
-    Calls from the API and events of the group are messages to one task, which alone changes state. A
+    Calls from the API and events of the groups are messages to one task, which alone changes state. A
     refusal is raised in the caller's own task, from a read of that state.
 
     Args:
-        patience_lost: seconds that requests wait for a lost group to come back.
+        shards: the groups, in the order of the configuration.
+        patience_lost: seconds that requests wait for a group to come back when the last one is lost.
         jitter: of the backoffs.
     """
 
     def __init__(
         self,
         config: RouterConfig,
-        shards: ShardGroup,
+        shards: tuple[ShardGroup, ...],
         metrics: Metrics,
         *,
         patience_lost: float = 60.0,
@@ -66,10 +69,10 @@ class Engine:
         self._shards = shards
         self._metrics = metrics
         self._patience_lost = patience_lost
-        self._tasks = AdapterTasks(shards, self._post)
+        self._tasks = tuple(AdapterTasks(group, self._post) for group in self._shards)
         self._core = Core(
             config,
-            shards,
+            self._shards,
             self._tasks,
             metrics,
             patience_lost=patience_lost,
@@ -96,10 +99,11 @@ class Engine:
     def start(self) -> None:
         """Start the loop and connect to the shards. Must run on the event loop."""
         self._task = asyncio.create_task(self._run(), name="engine")
-        self._shards.start(self)
+        for index, group in enumerate(self._shards):
+            group.start(_Listener(index, self._post))
 
     async def wait_ready(self) -> None:
-        """Return once a group has answered for the first time."""
+        """Return once every group has answered for the first time, and one serves."""
         await self._first_ready.wait()
 
     async def drain(self, timeout: float) -> None:
@@ -122,8 +126,8 @@ class Engine:
             self._tick.cancel()
         self._take_inbox(asyncio.get_running_loop().time())
         self._core.end_all(draining)
-        await self._tasks.close()
-        await self._shards.close()
+        await asyncio.gather(*(tasks.close() for tasks in self._tasks))
+        await asyncio.gather(*(group.close() for group in self._shards))
 
     # EngineClient.
 
@@ -139,18 +143,27 @@ class Engine:
             architecture=info.architecture,
             device=info.device,
             dtype=info.dtype,
-            max_model_len=context_length(info),
+            max_model_len=self._core.context_length,
             vocab_size=info.vocab_size,
         )
 
     @property
-    def info(self) -> shard_pb2.InfoReply | None:
-        """What the present shard group says of itself, or the last one did; None before the first."""
-        return self._core.info
-
-    @property
     def ready(self) -> bool:
-        return self._core.group is not None and not self._draining
+        return bool(self._core.fleet.accepting) and not self._draining
+
+    def group_ready(self, index: int) -> bool:
+        """This group serves."""
+        return not self._draining and any(group.index == index for group in self._core.fleet.accepting)
+
+    async def tokenizer(self, adapter_digest: str = "") -> shard_pb2.TokenizerReply:
+        """As `ShardGroup.tokenizer`, of a group that has the adapter on disk."""
+        error: RouterError = ShardLost("The model's process is being restarted.", retry_after=5.0)
+        for index in self._core.groups_with(adapter_digest):
+            try:
+                return await self._shards[index].tokenizer(adapter_digest)
+            except (AdapterNotFound, ShardLost) as failed:
+                error = failed
+        raise error
 
     def submit(self, request: Request) -> None:
         try:
@@ -213,17 +226,6 @@ class Engine:
     def adapters(self, *, tenant: str) -> list[AdapterStatus]:
         return [self._core.status(adapter) for adapter in self._core.registry.visible(tenant)]
 
-    # GroupEvents.
-
-    def group_ready(self, epoch: int, info: shard_pb2.InfoReply) -> None:
-        self._post(GroupReady(epoch, info))
-
-    def step_answered(self, result: shard_pb2.StepResult) -> None:
-        self._post(StepAnswered(result))
-
-    def group_lost(self, epoch: int, error: RouterError) -> None:
-        self._post(GroupLost(epoch, error))
-
     # Acceptance, in the caller's task.
 
     def _refuse_when_down(self) -> None:
@@ -241,11 +243,11 @@ class Engine:
         assert info is not None
         if request.id in self._core.live:
             raise InternalError(f"Request id {request.id} is in use.")
-        room = context_length(info) - len(request.prompt)
+        most = self._core.context_length
+        room = most - len(request.prompt)
         if not request.prompt or room < 1:
             raise InvalidRequest(
-                f"The prompt has {len(request.prompt)} tokens; it must have 1 to {context_length(info) - 1}.",
-                param="prompt",
+                f"The prompt has {len(request.prompt)} tokens; it must have 1 to {most - 1}.", param="prompt"
             )
         keys = tuple(sorted({use.key for use in request.adapters}))
         self._check_adapters(keys, info)
@@ -297,7 +299,7 @@ class Engine:
     def _turn(self, now: float) -> None:
         self._take_inbox(now)
         self._core.advance(now)
-        if self._core.group is not None:
+        if self._core.complete and self._core.fleet.accepting:
             self._first_ready.set()
 
     def _take_inbox(self, now: float) -> None:
@@ -314,3 +316,23 @@ class Engine:
         while self._inbox or not self._core.quiet:
             self._quiet.clear()
             await self._quiet.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """`GroupEvents` of one group, as messages to the loop."""
+
+    index: int
+    post: Callable[[Message], None]
+
+    def group_ready(self, epoch: int, info: shard_pb2.InfoReply) -> None:
+        self.post(GroupReady(self.index, epoch, info))
+
+    def step_answered(self, result: shard_pb2.StepResult) -> None:
+        self.post(StepAnswered(result))
+
+    def group_draining(self, epoch: int) -> None:
+        self.post(GroupDraining(epoch))
+
+    def group_lost(self, epoch: int, error: RouterError) -> None:
+        self.post(GroupLost(epoch, error))

@@ -15,6 +15,7 @@ RouterError
     ├── ShardLost            503, the shard died after the first token
     ├── NumericalError       500, this row's logits were not finite
     └── InternalError        500
+        └── RanksDiffer      the ranks of a group do not fit each other, or this router
 """
 
 from __future__ import annotations
@@ -123,3 +124,7 @@ class InternalError(ServiceError):
     grpc_code = grpc.StatusCode.INTERNAL
     kind = "server_error"
     code = "internal_error"
+
+
+class RanksDiffer(InternalError):
+    """Seen when connecting. Another try cannot help unless somebody starts the ranks differently."""

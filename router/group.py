@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from ..proto import shard_pb2
 from .blocks import BlockPool
+from .queues import Queues
 from .residency import Residency
 from .scheduler import Limits
 from .sequence import Sequence, SequenceState
@@ -33,30 +34,64 @@ class Step:
 
 
 @dataclass(slots=True)
-class Group:
-    """Rows, blocks, adapter slots and steps in flight of one epoch. Changed by the engine loop only."""
+class Load:
+    """What was given to one group and is not over, in tokens of prompt and output."""
 
+    tokens: int = 0
+    by_adapter: Counter[str] = field(default_factory=Counter)
+    """Tokens of the sequences that use each."""
+
+    def add(self, sequence: Sequence) -> None:
+        self.tokens += sequence.last_position
+        for key in sequence.keys:
+            self.by_adapter[key] += sequence.last_position
+
+    def remove(self, sequence: Sequence) -> None:
+        self.tokens -= sequence.last_position
+        for key in sequence.keys:
+            self.by_adapter[key] -= sequence.last_position
+            if not self.by_adapter[key]:
+                del self.by_adapter[key]
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Rows, blocks, adapter slots, queues and steps in flight of one shard group in one epoch. Changed by the
+    engine loop only."""
+
+    index: int
+    """Its place in the configuration, from 0."""
     epoch: int
     info: shard_pb2.InfoReply
     limits: Limits
     pool: BlockPool
     residency: Residency
     free_rows: list[int]
+    queues: Queues = field(default_factory=Queues)
+    load: Load = field(default_factory=Load)
+    """Of what waits and runs here."""
     running: list[Sequence] = field(default_factory=list)
     """In order of admission."""
     ending: list[tuple[int, Sequence]] = field(default_factory=list)
     """Rows to end with the next plan. They and their blocks are free already: ends come first in a step."""
     in_flight: deque[Step] = field(default_factory=deque)
     last_seq: int = 0
+    draining: bool = False
+    """It is about to stop: what runs may finish, nothing else is given to it."""
+    answered_at: float = 0.0
+    """When it last answered a step."""
 
     @classmethod
-    def of(cls, epoch: int, info: shard_pb2.InfoReply, *, step_tokens: int, patience: float) -> Group:
+    def of(
+        cls, index: int, epoch: int, info: shard_pb2.InfoReply, *, step_tokens: int, patience: float
+    ) -> Group:
         """A group at its baseline, with the router's limits where they are lower than the shard's."""
         kv = info.kv_groups[0]
         limits = Limits.within(
             step_tokens=min(step_tokens, info.max_step_tokens), rows=info.max_num_seqs, patience=patience
         )
         return cls(
+            index,
             epoch,
             info,
             limits,
@@ -86,6 +121,10 @@ class Group:
         sequence.row, sequence.blocks, sequence.capacity = -1, [], 0
         if sequence.state is SequenceState.RUNNING:
             sequence.state = SequenceState.LEAVING
+
+    def holds(self, sequence: Sequence) -> bool:
+        """The whole sequence fits, if nothing else runs."""
+        return sequence.last_position <= self.pool.total * self.pool.block_size
 
     @property
     def idle(self) -> bool:

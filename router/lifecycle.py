@@ -11,6 +11,7 @@ from .client import AdapterState, AdapterStatus
 from .downloads import downloads_of
 from .errors import AdapterNotFound, AdapterRejected, RouterError, ShardLost
 from .fetches import AdapterTasks
+from .fleet import Fleet
 from .group import Group
 from .messages import (
     AdapterReport,
@@ -28,7 +29,6 @@ from .messages import (
     Unpinned,
 )
 from .metrics import Metrics
-from .queues import Queues
 from .residency import Place
 from .rpc_errors import AdapterMemoryFull
 from .scheduler import AdapterWork, Demand
@@ -44,28 +44,32 @@ LOAD_TRIES = 6
 
 
 class AdapterLifecycle:
-    """Moves versions of adapters between their states.
+    """Moves versions of adapters between their states, on each group of its own.
 
     Args:
-        fail_waiting: ends a waiting sequence with an error.
-        abandon: gives the group up, when a slot's content is not known any more.
+        tasks: of each group, by its index.
+        fail: ends a waiting sequence with an error.
+        turn_away: gives a waiting sequence that a group cannot serve to another, or ends it with the error.
+        abandon: gives a group up, when a slot's content is not known any more.
     """
 
     def __init__(
         self,
         registry: AdapterRegistry,
-        queues: Queues,
-        tasks: AdapterTasks,
+        fleet: Fleet,
+        tasks: tuple[AdapterTasks, ...],
         metrics: Metrics,
         *,
-        fail_waiting: Callable[[Sequence, RouterError], None],
-        abandon: Callable[[str], None],
+        fail: Callable[[Sequence, RouterError], None],
+        turn_away: Callable[[Sequence, Group, RouterError], None],
+        abandon: Callable[[Group, str], None],
     ) -> None:
         self._registry = registry
-        self._queues = queues
+        self._fleet = fleet
         self._tasks = tasks
         self._metrics = metrics
-        self._fail_waiting = fail_waiting
+        self._fail = fail
+        self._turn_away = turn_away
         self._abandon = abandon
         self._wishes = Wishes()
         self._reports: dict[type, Callable[[Any, Group, float], None]] = {
@@ -83,15 +87,13 @@ class AdapterLifecycle:
         """Somebody waits for an adapter, or one waits to be freed."""
         return bool(self._wishes)
 
-    @property
-    def demands(self) -> list[Demand]:
-        """Loads by name that are not fulfilled yet, for the scheduler."""
-        return self._wishes.demands
+    def demands(self, group: Group) -> list[Demand]:
+        """Loads by name that this group is to fulfil, for the scheduler."""
+        return self._wishes.demands(group.epoch)
 
-    @property
-    def wanted_on_disk(self) -> Collection[str]:
-        """Keys that calls wait to have on disk, for the scheduler."""
-        return self._wishes.for_disk
+    def wanted_on_disk(self, group: Group) -> Collection[str]:
+        """Keys that calls wait to have on this group's disk, for the scheduler."""
+        return self._wishes.for_disk(group.epoch)
 
     # What the API asks for.
 
@@ -101,7 +103,7 @@ class AdapterLifecycle:
         self._wishes.add_disk(adapter.key, message.done)
         if adapter.on_disk:
             self._wishes.on_disk(adapter.key)
-        elif adapter.state is AdapterState.FAILED and adapter.retry_at > now:
+        elif adapter.failing(now):
             self._wishes.not_on_disk(adapter.key, lambda: adapter.error(now))
 
     def end_disk_wait(self, message: DiskWaitEnded) -> None:
@@ -110,14 +112,14 @@ class AdapterLifecycle:
     def refuse_disk_waits(self, make_error: Callable[[], RouterError]) -> None:
         self._wishes.refuse_disk(make_error)
 
-    def wish(self, message: LoadWished, group: Group | None, ticket: int, now: float) -> None:
-        """Note that an adapter shall become resident; answered at once if it is."""
+    def wish(self, message: LoadWished, ticket: int, now: float) -> None:
+        """Note that an adapter shall become resident on some group; answered at once if it is."""
         adapter = message.adapter
         adapter.pinned |= message.pin
         self._wishes.add_load(Demand((adapter.key,), ticket, now), [message.done])
-        if adapter.state is AdapterState.FAILED and adapter.retry_at > now:
+        if adapter.failing(now):
             self._wishes.not_loaded(adapter.key, lambda: adapter.error(now))
-        elif group is not None and group.residency.ready((adapter.key,)):
+        elif self._fleet.is_resident((adapter.key,)):
             self._wishes.loaded(adapter.key, adapter)
 
     def unpin(self, message: Unpinned) -> None:
@@ -133,25 +135,28 @@ class AdapterLifecycle:
         )
         self._wishes.add_closing(adapter.key, [message.done])
 
-    def status(self, adapter: Adapter, group: Group | None) -> AdapterStatus:
-        entry = group.residency.get(adapter.key) if group else None
-        places = {Place.LOADING: AdapterState.LOADING, Place.RESIDENT: AdapterState.RESIDENT}
-        state = adapter.state if entry is None else places.get(entry.place, adapter.state)
-        failed = adapter.failure is not None and adapter.state is AdapterState.FAILED
-        manifest = adapter.manifest
+    def status(self, adapter: Adapter) -> AdapterStatus:
+        """Its state on the group that has come furthest; uses and waits of all groups together."""
+        entries = self._fleet.entries(adapter.key)
+        places = {entry.place for entry in entries}
+        state = adapter.state
+        if places & {Place.LOADING, Place.RESIDENT}:
+            state = AdapterState.RESIDENT if Place.RESIDENT in places else AdapterState.LOADING
+        failed = adapter.state is AdapterState.FAILED
+        manifest, copies = adapter.manifest, adapter.copies.values()
         return AdapterStatus(
             name=adapter.name,
             source=str(adapter.source),
             state=state,
             digest=adapter.digest,
-            bytes=entry.bytes if entry else adapter.bytes,
+            bytes=max((entry.bytes for entry in entries), default=adapter.bytes),
             max_rank=manifest.max_rank if manifest else 0,
             modules=manifest.modules if manifest else 0,
             pinned=adapter.pinned,
-            running=entry.references if entry else 0,
-            waiting=self._queues.waiting(adapter.key) + self._wishes.waiting(adapter.key),
-            bytes_done=adapter.bytes_done,
-            bytes_total=adapter.bytes_total,
+            running=sum(entry.references for entry in entries),
+            waiting=self._fleet.waiting(adapter.key) + self._wishes.waiting(adapter.key),
+            bytes_done=max((copy.bytes_done for copy in copies), default=0),
+            bytes_total=max((copy.bytes_total for copy in copies), default=0),
             error=adapter.failure.message if failed and adapter.failure else "",
             kind=manifest.kind if manifest else "",
             scaling=adapter.scaling,
@@ -161,48 +166,88 @@ class AdapterLifecycle:
     # What the scheduler decided.
 
     def carry_out(self, work: AdapterWork, group: Group, now: float) -> None:
-        """Start the fetches, loads and evictions of a plan, and refuse what can never be met."""
+        """Start a group's fetches, loads and evictions of a plan, and refuse what it can never meet."""
+        tasks = self._tasks[group.index]
         for key in work.evictions:
             self._metrics.adapter_evictions += 1
-            self._tasks.unload(key, group.epoch, group.residency.begin_unload(key))
+            self._unload(key, group)
         for key in work.fetches:
             if (adapter := self._registry.get(key)) is not None:
-                self._registry.fetching(adapter)
+                self._registry.fetching(adapter, group.index)
                 self._metrics.adapter_downloads += 1
-                downloads = downloads_of(adapter, self._registry.digests_on_disk)
-                self._tasks.fetch(key, group.epoch, downloads)
+                downloads = downloads_of(adapter, lambda: self._registry.digests_on_disk(group.index))
+                tasks.fetch(key, group.epoch, downloads)
         for key in work.loads:
             if (adapter := self._registry.get(key)) is not None:
-                slot = group.residency.begin_load(key, adapter.bytes)
-                self._tasks.load(key, group.epoch, adapter.digest, slot)
+                slot = group.residency.begin_load(key, adapter.copy(group.index).bytes)
+                tasks.load(key, group.epoch, adapter.digest, slot)
         for demand, error in work.rejects:
-            for key in demand.keys:
-                self._give_up(key, error, only=demand.keys)
+            self._refuse_demand(demand, group, error)
 
-    def sweep(self, group: Group | None) -> None:
-        """Free closing versions that nobody uses any more."""
+    def _unload(self, key: str, group: Group) -> None:
+        self._tasks[group.index].unload(key, group.epoch, group.residency.begin_unload(key))
+
+    def _refuse_demand(self, demand: Demand, group: Group, error: RouterError) -> None:
+        """What waits for exactly these adapters on this group goes to another one, or ends."""
+        for sequence in group.queues.naming(demand.keys[0]):
+            if sequence.keys == demand.keys:
+                self._turn_away(sequence, group, error)
+        for key in demand.keys if len(demand.keys) == 1 else ():
+            if not self._give_elsewhere(key, group):
+                self._load_ends(key, error)
+
+    def assign(self) -> None:
+        """Give what calls wait for to the groups that are to bring it, anew where a group is gone."""
+        for key in self._wishes.to_bring():
+            group = self._fleet.of(self._wishes.given_to(key))
+            if group is None or group.draining:
+                self._give(key)
+
+    def _give(self, key: str) -> bool:
+        """To a group that has or fetches it, else to the one that serves it best. False: none is left."""
+        adapter, refused_by = self._registry.get(key), self._wishes.refused_by(key)
+        left = [group for group in self._fleet.accepting if group.epoch not in refused_by]
+        near = [g for g in left if adapter and adapter.copy(g.index).state is not AdapterState.ABSENT]
+        group = self._fleet.place((key,), 0, among=near or left)
+        if group is not None:
+            self._wishes.give(key, group.epoch)
+        return group is not None
+
+    def _give_elsewhere(self, key: str, group: Group) -> bool:
+        """This group cannot have what was given to it. False if no other group is left."""
+        if key not in self._wishes.to_bring() or self._wishes.given_to(key) != group.epoch:
+            return True
+        self._wishes.refuse_by(key, group.epoch)
+        return self._give(key)
+
+    def sweep(self) -> None:
+        """Free closing versions that nobody uses any more, on every group."""
         for key in self._wishes.closing:
             adapter = self._registry.get(key)
             if adapter is None:
-                self._wishes.closed(key, 0)
-                continue
-            entry = group.residency.get(key) if group else None
-            if self._queues.waiting(key) or adapter.leases or adapter.state is AdapterState.FETCHING:
-                continue
-            if entry is None or group is None:
-                self._closed(adapter, 0)
-            elif entry.place is Place.RESIDENT and entry.references == 0:
-                self._tasks.unload(key, group.epoch, group.residency.begin_unload(key))
+                self._wishes.closed(key)
+            elif not (self._fleet.waiting(key) or adapter.leases or adapter.fetching):
+                self._free(adapter)
 
-    def report(self, message: AdapterReport, group: Group | None, now: float) -> None:
-        """Take in what a task tells. One of an epoch that is over is dropped: `reset` dealt with it."""
-        if group is not None and message.epoch == group.epoch:
+    def _free(self, adapter: Adapter) -> None:
+        for group in self._fleet:
+            entry = group.residency.get(adapter.key)
+            if entry is not None and entry.place is Place.RESIDENT and entry.references == 0:
+                self._unload(adapter.key, group)
+        if not self._fleet.entries(adapter.key):
+            self._registry.forget(adapter)
+            self._wishes.closed(adapter.key)
+
+    def report(self, message: AdapterReport, now: float) -> None:
+        """Take in what a task tells. One of an epoch that is over is dropped: `lost` dealt with it."""
+        group = self._fleet.of(message.epoch)
+        if group is not None:
             self._reports[type(message)](message, group, now)
 
     def _progressed(self, message: FetchProgressed, group: Group, now: float) -> None:
         if (adapter := self._registry.get(message.key)) is not None:
-            adapter.bytes_done = message.progress.bytes_done
-            adapter.bytes_total = message.progress.bytes_total
+            copy = adapter.copies[group.index]
+            copy.bytes_done, copy.bytes_total = message.progress.bytes_done, message.progress.bytes_total
 
     def _fetched(self, message: Fetched, group: Group, now: float) -> None:
         self._metrics.adapter_seconds["download"].observe(message.seconds)
@@ -211,26 +256,26 @@ class AdapterLifecycle:
             return
         error = _mismatch(adapter, message)
         if error is not None:
-            self._failed(adapter, error, now)
+            self._failed(adapter, group, error, now)
             return
-        self._registry.fetched(adapter, manifest, now)
+        self._registry.fetched(adapter, group.index, manifest, now)
         for warning in manifest.warnings:
             log.warning("adapter %s: %s", adapter.name, warning)
         self._wishes.on_disk(adapter.key)
         named = self._registry.named(adapter)
         if adapter.candidate and named is not None and named.digest == manifest.digest:
-            self._adopt(adapter, group, now)
+            self._adopt(adapter, now)
 
-    def _adopt(self, candidate: Adapter, group: Group, now: float) -> None:
+    def _adopt(self, candidate: Adapter, now: float) -> None:
         """A load found the bytes that its name has: whoever wished it waits for that version."""
         known = self._registry.adopt(candidate, now)
         self._wishes.move_load(candidate.key, known.key)
-        if group.residency.ready((known.key,)):
+        if self._fleet.is_resident((known.key,)):
             self._wishes.loaded(known.key, known)
 
     def _fetch_failed(self, message: FetchFailed, group: Group, now: float) -> None:
         if (adapter := self._registry.get(message.key)) is not None:
-            self._failed(adapter, message.error, now)
+            self._failed(adapter, group, message.error, now)
 
     def _loaded(self, message: Loaded, group: Group, now: float) -> None:
         self._metrics.adapter_seconds["load"].observe(message.seconds)
@@ -239,7 +284,7 @@ class AdapterLifecycle:
         adapter = self._registry.get(message.key)
         if adapter is None:
             return
-        adapter.failures = 0
+        adapter.failures = adapter.copies[group.index].failures = 0
         if adapter.candidate:
             self._supersede(adapter)
         self._wishes.loaded(adapter.key, adapter)
@@ -255,36 +300,34 @@ class AdapterLifecycle:
         group.residency.remove(message.key)
         adapter, error = self._registry.get(message.key), message.error
         if isinstance(error, ShardLost):
-            self._abandon(f"the load of {message.key} was not answered")
+            self._abandon(group, f"the load of {message.key} was not answered")
         elif adapter is None:
             return
-        elif isinstance(error, AdapterMemoryFull) and adapter.failures < LOAD_TRIES:
-            adapter.failures += 1
-            adapter.retry_at = now + LOAD_PAUSE
-        elif isinstance(error, AdapterNotFound) and adapter.failures == 0:
-            adapter.failures += 1
-            self._registry.absent(adapter, now + LOAD_PAUSE)
+        elif isinstance(error, AdapterMemoryFull) and adapter.copies[group.index].failures < LOAD_TRIES:
+            self._registry.postpone(adapter, group.index, now + LOAD_PAUSE)
+        elif isinstance(error, AdapterNotFound) and adapter.copies[group.index].failures == 0:
+            self._registry.postpone(adapter, group.index, now + LOAD_PAUSE)
+            self._registry.absent(adapter, group.index, now + LOAD_PAUSE)
         else:
-            self._failed(adapter, error, now)
+            self._failed(adapter, group, error, now)
 
     def _unloaded(self, message: Unloaded, group: Group, now: float) -> None:
-        freed = group.residency.remove(message.key)
-        adapter = self._registry.get(message.key)
-        if adapter is not None and self._wishes.is_closing(message.key) and not self._used(adapter):
-            self._closed(adapter, freed)
+        self._wishes.freed(message.key, group.residency.remove(message.key))
 
     def _unload_failed(self, message: UnloadFailed, group: Group, now: float) -> None:
-        self._abandon(f"slot of {message.key} could not be freed: {message.error.message}")
+        self._abandon(group, f"slot of {message.key} could not be freed: {message.error.message}")
 
-    def reset(self) -> None:
+    def lost(self, group: Group) -> None:
         """The group is gone, and with it all it held."""
-        self._tasks.cancel()
-        self._registry.reset()
+        self._tasks[group.index].cancel()
+        self._registry.lost(group.index)
 
     def revive(self, new_ticket: Callable[[], int], now: float) -> None:
-        """A group is back: pinned adapters shall be resident again."""
+        """A group came or went: pinned adapters that none has resident shall be so again."""
         for adapter in self._registry:
-            if adapter.pinned and not adapter.closing and not self._wishes.is_wanted(adapter.key):
+            if not adapter.pinned or adapter.closing or self._wishes.is_wanted(adapter.key):
+                continue
+            if not self._fleet.entries(adapter.key):
                 self._wishes.add_load(Demand((adapter.key,), new_ticket(), now))
 
     def end(self, make_error: Callable[[], RouterError]) -> None:
@@ -294,40 +337,39 @@ class AdapterLifecycle:
         for adapter in candidates:
             self._drop_candidate(adapter)
 
-    def _failed(self, adapter: Adapter, error: RouterError, now: float) -> None:
-        """Remember it, unless only the shard was lost; tell everybody who waits for this adapter."""
+    def _failed(self, adapter: Adapter, group: Group, error: RouterError, now: float) -> None:
+        """Remember it, unless only the shard was lost, and tell everybody who waits for this adapter: on this
+        group alone, if another one has it or is about to."""
         if isinstance(error, ShardLost):
-            self._registry.absent(adapter, now + LOAD_PAUSE)
+            self._registry.absent(adapter, group.index, now + LOAD_PAUSE)
             return
         named = type(error)(f"Adapter {adapter.name}: {error.message}", param="model")
         log.warning("adapter %s failed: %s", adapter.name, error.message)
         self._metrics.adapter_failures += 1
-        self._registry.failed(adapter, named, now)
-        self._wishes.not_on_disk(adapter.key, lambda: _copy(named))
-        self._give_up(adapter.key, named)
+        if any(i != group.index and c.state is not AdapterState.ABSENT for i, c in adapter.copies.items()):
+            self._registry.failed_here(adapter, group.index, named, now)
+            for sequence in group.queues.naming(adapter.key):
+                self._turn_away(sequence, group, named)
+            if self._give_elsewhere(adapter.key, group):
+                return
+        else:
+            self._registry.failed(adapter, group.index, named, now)
+            for sequence in self._fleet.naming(adapter.key):
+                self._fail(sequence, copy_of(named))
+        self._wishes.not_on_disk(adapter.key, lambda: copy_of(named))
+        self._load_ends(adapter.key, named)
 
-    def _give_up(self, key: str, error: RouterError, only: tuple[str, ...] | None = None) -> None:
-        """End whoever waits for this adapter: waiting sequences (only of one adapter set) and its loads."""
-        for sequence in self._queues.naming(key):
-            if only is None or sequence.keys == only:
-                self._fail_waiting(sequence, _copy(error))
-        if only is None or only == (key,):
-            self._wishes.not_loaded(key, lambda: _copy(error))
-            adapter = self._registry.get(key)
-            if adapter is not None and adapter.candidate:
-                self._drop_candidate(adapter)
+    def _load_ends(self, key: str, error: RouterError) -> None:
+        """A load by name has failed."""
+        self._wishes.not_loaded(key, lambda: copy_of(error))
+        adapter = self._registry.get(key)
+        if adapter is not None and adapter.candidate:
+            self._drop_candidate(adapter)
 
     def _drop_candidate(self, adapter: Adapter) -> None:
         """A load by name has failed: its name goes on standing for what it stood for."""
         adapter.candidate, adapter.closing = False, True
         self._wishes.add_closing(adapter.key)
-
-    def _used(self, adapter: Adapter) -> bool:
-        return bool(self._queues.waiting(adapter.key) or adapter.leases)
-
-    def _closed(self, adapter: Adapter, freed: int) -> None:
-        self._registry.forget(adapter)
-        self._wishes.closed(adapter.key, freed)
 
 
 def _mismatch(adapter: Adapter, message: Fetched) -> AdapterRejected | None:
@@ -346,6 +388,6 @@ def _mismatch(adapter: Adapter, message: Fetched) -> AdapterRejected | None:
     return None
 
 
-def _copy(error: RouterError) -> RouterError:
+def copy_of(error: RouterError) -> RouterError:
     """For one caller."""
     return type(error)(error.message, param=error.param, retry_after=error.retry_after)

@@ -16,6 +16,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from .. import __version__
+from ..proto.credentials import Credentials, read_credentials
 from .auth import ApiKeys
 from .config import RouterConfig
 from .engine import Engine
@@ -25,13 +26,13 @@ from .grpc_api import GrpcServices, build_server
 from .metrics import Metrics
 from .rest.app import RestServer, RestServices, build_app
 from .rest.lorax import ServerFacts, ShardGroup
-from .shards import GrpcShardGroup
+from .shards import GrpcShardGroup, new_epochs
+from .startup import REFUSED, StartFailed, until_ready
 from .tokenizer import Tokenizer
 from .tokenizers import Tokenizers
 
 log = logging.getLogger(__name__)
 
-EXIT_REFUSED = 2
 GRPC_GRACE = 1.0
 """Seconds that RPCs which are already answered get to leave the wire."""
 
@@ -46,25 +47,29 @@ def run(config: RouterConfig) -> int:
     """Serve until told to stop, then drain; answers the exit code."""
     try:
         keys = ApiKeys.from_file(Path(config.api_key_file)) if config.api_key_file else ApiKeys()
+        credentials = read_credentials(config, config.tls_name)
     except (OSError, ValueError) as error:
         return _refuse(str(error))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Router(config, keys).live())
+        return runner.run(_Router(config, keys, credentials).live())
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = REFUSED) -> int:
     print(f"loraplex router: {message}", file=sys.stderr)
-    return EXIT_REFUSED
+    return code
 
 
 class _Router:
     """Wires the parts, serves, drains."""
 
-    def __init__(self, config: RouterConfig, keys: ApiKeys) -> None:
+    def __init__(self, config: RouterConfig, keys: ApiKeys, credentials: Credentials | None) -> None:
         self._config = config
         self._keys = keys
         self._registry = CollectorRegistry()
-        self._shards = GrpcShardGroup(config.ranks)
+        epochs = new_epochs()
+        self._shards = tuple(
+            GrpcShardGroup(ranks, credentials=credentials, epochs=epochs) for ranks in config.groups
+        )
         self._engine = Engine(config, self._shards, Metrics(self._registry))
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -76,17 +81,22 @@ class _Router:
             loop.add_signal_handler(number, self._on_signal)
         self._engine.start()
         try:
-            await self._unless_stopped(self._engine.wait_ready())
-            base = Tokenizer.from_reply(await self._unless_stopped(self._shards.tokenizer()))
+            await self._unless_stopped(self._until_ready())
+            base = Tokenizer.from_reply(await self._unless_stopped(self._engine.tokenizer()))
             own = self._config.adapter_tokenizers
-            async with aclosing(Tokenizers(base, self._shards.tokenizer, own=own)) as tokenizers:
+            async with aclosing(Tokenizers(base, self._engine.tokenizer, own=own)) as tokenizers:
                 return await self._serve(Frontend(self._engine, tokenizers))
         except _Stopped:
             return 0
+        except StartFailed as error:
+            return _refuse(str(error), error.code)
         except (RouterError, ValueError) as error:
             return _refuse(f"the shard's tokenizer cannot be used: {error}")
         finally:
             await self._engine.close()
+
+    async def _until_ready(self) -> None:
+        await until_ready(self._engine.wait_ready(), self._shards, self._config.connect_timeout)
 
     async def _serve(self, frontend: Frontend) -> int:
         config = self._config
@@ -155,9 +165,14 @@ class _Router:
         )
 
     def _groups(self) -> list[ShardGroup]:
-        info = self._engine.info
-        sizes = (info.weight_bytes,) if info is not None else ()
-        return [ShardGroup(tp=len(self._config.ranks), ready=self._engine.ready, weight_bytes=sizes)]
+        return [
+            ShardGroup(
+                tp=len(ranks),
+                ready=self._engine.group_ready(index),
+                weight_bytes=self._shards[index].weight_bytes,
+            )
+            for index, ranks in enumerate(self._config.groups)
+        ]
 
 
 async def _shut_down(rest: RestServer, rpc: grpc.aio.Server) -> None:

@@ -63,8 +63,17 @@ class UnloadWished:
 
 @dataclass(frozen=True, slots=True)
 class GroupReady:
+    group: int
+    """Its index in the configuration."""
     epoch: int
     info: shard_pb2.InfoReply
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDraining:
+    """The group is about to stop."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,7 @@ Message = (
     | Unpinned
     | UnloadWished
     | GroupReady
+    | GroupDraining
     | GroupLost
     | StepAnswered
     | AdapterReport

@@ -67,6 +67,7 @@ class Snapshot:
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device bytes by the digest of what is resident."""
     ready: bool = False
+    groups_ready: int = 0
 
 
 class Metrics(Collector):
@@ -81,7 +82,9 @@ class Metrics(Collector):
         self.prompt_tokens = self.generated_tokens = self.preemptions = 0
         self.adapter_downloads = self.adapter_failures = self.adapter_loads = self.adapter_evictions = 0
         self.adapter_hits = self.adapter_misses = 0
-        self.groups_lost = 0
+        self.groups_lost = self.takeovers = 0
+        self.admissions: Counter[str] = Counter()
+        """Admitted sequences by the index of their group; one that was preempted counts again."""
         self.outcomes: Counter[str] = Counter()
         """Accepted requests by how they ended: stop, length, cancelled, or an error's code."""
         self.refusals: Counter[str] = Counter()
@@ -90,7 +93,8 @@ class Metrics(Collector):
         self.end_to_end = Histogram()
         self.queue_time = Histogram()
         self.adapter_seconds: Mapping[str, Histogram] = {"download": Histogram(), "load": Histogram()}
-        self._busy_since: float | None = None
+        self._busy_since: dict[int, float] = {}
+        """By the index of the group."""
         registry.register(self)
 
     def answered(self, result: shard_pb2.StepResult, step: Step, settled: Settled, interval: float) -> None:
@@ -120,13 +124,12 @@ class Metrics(Collector):
         self.outcomes[outcome] += 1
         self.end_to_end.observe(now - sequence.request.arrival)
 
-    def busy(self, in_flight: bool, now: float) -> None:
-        """Note whether a step is in flight: what the device does not use of that time is idle."""
-        if in_flight and self._busy_since is None:
-            self._busy_since = now
-        elif not in_flight and self._busy_since is not None:
-            self.busy_seconds += now - self._busy_since
-            self._busy_since = None
+    def busy(self, in_flight: bool, now: float, group: int = 0) -> None:
+        """Note whether a group has a step in flight: what its device does not use of that time is idle."""
+        if in_flight:
+            self._busy_since.setdefault(group, now)
+        elif (since := self._busy_since.pop(group, None)) is not None:
+            self.busy_seconds += now - since
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
@@ -180,6 +183,7 @@ class Metrics(Collector):
             ("steps_in_flight", "Steps sent and not answered.", now.steps_in_flight),
             ("tasks", "Tasks on the router's event loop.", now.tasks),
             ("ready", "1 while requests are served.", float(now.ready)),
+            ("shard_groups_ready", "Shard groups that serve.", now.groups_ready),
             ("step_rows_max", "Most rows in one step, counted by the shard.", self.step_rows_max),
             ("step_adapters_max", "Most adapters in one step, counted by the shard.", self.step_adapters_max),
         ):
@@ -193,7 +197,7 @@ class Metrics(Collector):
             ("decode_rows", "Decode rows over all steps.", self.decode_rows),
             ("device_seconds", "Time the device worked, by the shard's own clock.", self.device_seconds),
             ("idle_seconds", "Time the device waited for decode steps, by its own clock.", self.idle_seconds),
-            ("busy_seconds", "Time with a step in flight.", self.busy_seconds),
+            ("busy_seconds", "Time with a step in flight, of each group.", self.busy_seconds),
             ("prompt_tokens", "Prompt tokens of requests that got a first token.", self.prompt_tokens),
             ("generated_tokens", "Tokens delivered.", self.generated_tokens),
             ("preemptions", "Sequences that lost their blocks to older ones.", self.preemptions),
@@ -204,8 +208,14 @@ class Metrics(Collector):
             ("adapter_hits", "Requests whose adapters were resident when they came.", self.adapter_hits),
             ("adapter_misses", "Requests that waited for an adapter.", self.adapter_misses),
             ("shard_groups_lost", "Times a shard group was lost.", self.groups_lost),
+            (
+                "request_takeovers",
+                "Waiting requests that an idle group took from a full one.",
+                self.takeovers,
+            ),
         ):
             yield CounterMetricFamily(f"loraplex_{name}", help_text, value=value)
+        yield _by_label("group_admissions", "Sequences admitted by each group.", "group", self.admissions)
         yield _by_label("requests_finished", "Accepted requests by outcome.", "outcome", self.outcomes)
         yield _by_label("requests_refused", "Requests not accepted, by error code.", "code", self.refusals)
 

@@ -124,14 +124,13 @@ class Queues:
         self._count += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Return a sequence that ran already to its place by age, at the front of its queue."""
-        older = list(
-            takewhile(
-                lambda other: other.ticket < sequence.ticket, self._queues.get(sequence.keys, {}).values()
-            )
-        )
+        """Give a sequence that ran or waited already its place by age."""
+        queue = self._queues.get(sequence.keys, OrderedDict())
+        if not queue or next(reversed(queue)) < sequence.ticket:
+            self.add(sequence)
+            return
+        older = list(takewhile(lambda other: other.ticket < sequence.ticket, queue.values()))
         self.add(sequence)
-        queue = self._queues[sequence.keys]
         for front in (sequence, *reversed(older)):
             queue.move_to_end(front.ticket, last=False)
 

@@ -70,3 +70,11 @@ async def typed(call: Awaitable[_T]) -> _T:
         return await call
     except grpc.aio.AioRpcError as error:
         raise typed_error(error) from error
+
+
+def cause_of(error: RouterError) -> str:
+    """One line for the operator: what gRPC says below a typed error; without gRPC, the error itself."""
+    below = error.__cause__
+    if not isinstance(below, grpc.aio.AioRpcError):
+        return error.message
+    return " ".join(f"{below.code().name}: {below.details()}".split())

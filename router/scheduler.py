@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from .blocks import BlockPool
 from .client import AdapterState
@@ -52,7 +53,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A view of what the engine owns. The scheduler reads it and changes nothing."""
+    """A view of one group and of what the engine owns. The scheduler reads it and changes nothing."""
 
     limits: Limits
     queues: Queues
@@ -65,6 +66,10 @@ class State:
     """Loads by name, which have no sequence."""
     wanted_on_disk: Collection[str] = ()
     """Keys that calls wait to have on disk, before they have a sequence."""
+    group: int = 0
+    """Index of the group, for the adapters' copies."""
+    pinned: Callable[[Adapter], bool] = attrgetter("pinned")
+    """It must not leave this group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,11 @@ def admission_tokens(sequence: Sequence) -> int:
     return min(sequence.target + 1, sequence.last_position)
 
 
+def may_admit(need: int, free: int, running: int) -> bool:
+    """Of so many free blocks a sequence may take what it needs: some are left for those that run to grow."""
+    return free - need >= running // 4
+
+
 def _decode(state: State, result: Plan) -> tuple[list[Sequence], int]:
     """Fill decode, grow and preempt; answers the running sequences with prompt left, and free blocks."""
     decode, grow = result.decode, result.grow
@@ -184,7 +194,7 @@ def _admit(state: State, free: int, budget: int, result: Plan) -> None:
         if rows == 0 or budget <= 0:
             break
         need = state.pool.blocks_for(admission_tokens(sequence))
-        if free - need < running // 4:
+        if not may_admit(need, free, running):
             break
         result.admit.append(sequence)
         budget -= _add_chunk(sequence, budget, result)
@@ -200,6 +210,8 @@ class _AdapterPlanner:
         self._residency = state.residency
         self._running = state.running
         self._adapter = state.adapter
+        self._group = state.group
+        self._pinned = state.pinned
         self._wanted_on_disk = state.wanted_on_disk
         self._patience = state.limits.patience
         self._now = now
@@ -231,14 +243,16 @@ class _AdapterPlanner:
         if error is not None:
             self._result.rejects.append((demand, error))
             return
-        slots, size = len(missing), sum(adapter.bytes for adapter in missing)
+        slots, size = len(missing), sum(self._size(adapter) for adapter in missing)
         if slots <= self._slots and size <= self._bytes:
             self._result.loads += [adapter.key for adapter in missing]
             self._slots -= slots
             self._bytes -= size
         elif self._evict_for(demand, slots, size):
             self._promise(slots, size)
-        elif self._now - max(demand.since, *(a.fetched_at for a in missing)) > self._patience:
+        elif (
+            self._now - max(demand.since, *(a.copy(self._group).fetched_at for a in missing)) > self._patience
+        ):
             self._drain_for(demand, slots, size)
 
     def _missing(self, demand: Demand) -> list[Adapter]:
@@ -249,28 +263,36 @@ class _AdapterPlanner:
             adapter, entry = self._adapter(key), self._residency.get(key)
             if adapter is None or entry is not None:
                 waiting |= entry is not None and entry.place is not Place.RESIDENT
-            elif adapter.on_disk and adapter.retry_at <= self._now:
+            elif self._may_load(adapter):
                 missing.append(adapter)
             else:
                 waiting = True
-                if adapter.state is AdapterState.FAILED and adapter.retry_at > self._now:
-                    self._result.rejects.append((demand, adapter.error(self._now)))
+                if (refusal := adapter.refusal(self._group, self._now)) is not None:
+                    self._result.rejects.append((demand, refusal))
                 self._fetch(adapter)
         return [] if waiting else [a for a in missing if a.key not in self._result.loads]
 
+    def _may_load(self, adapter: Adapter) -> bool:
+        copy = adapter.copy(self._group)
+        return copy.on_disk and copy.retry_at <= self._now
+
     def _fetch(self, adapter: Adapter) -> None:
         """Have it fetched, unless that is under way or its last failure is too fresh."""
+        copy = adapter.copy(self._group)
         if (
-            adapter.state in (AdapterState.ABSENT, AdapterState.FAILED)
-            and adapter.retry_at <= self._now
+            copy.state is AdapterState.ABSENT
+            and max(copy.retry_at, adapter.retry_at) <= self._now
             and adapter.key not in self._result.fetches
         ):
             self._result.fetches.append(adapter.key)
 
+    def _size(self, adapter: Adapter) -> int:
+        return adapter.copy(self._group).bytes
+
     def _impossible(self, demand: Demand) -> RouterError | None:
         """Why this demand can never be met: larger than the pool, or pinned adapters leave no room."""
         wanted = [adapter for key in demand.keys if (adapter := self._adapter(key))]
-        size = sum(adapter.bytes for adapter in wanted)
+        size = sum(self._size(adapter) for adapter in wanted)
         names = ", ".join(adapter.name for adapter in wanted)
         pool = self._residency
         if len(wanted) > pool.slots or size > pool.budget:
@@ -281,7 +303,9 @@ class _AdapterPlanner:
         pinned = [
             entry
             for entry in pool.entries()
-            if entry.key not in demand.keys and (adapter := self._adapter(entry.key)) and adapter.pinned
+            if entry.key not in demand.keys
+            and (adapter := self._adapter(entry.key))
+            and self._pinned(adapter)
         ]
         slots_left = pool.slots - len(pinned)
         bytes_left = pool.budget - sum(entry.bytes for entry in pinned)
@@ -330,7 +354,7 @@ class _AdapterPlanner:
         return (
             entry is not None
             and entry.place is Place.RESIDENT
-            and not (adapter and adapter.pinned)
+            and not (adapter and self._pinned(adapter))
             and key not in demand.keys
             and key not in self._protected
             and key not in self._result.evictions

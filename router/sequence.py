@@ -48,6 +48,10 @@ class Sequence:
     """LEAVING for want of blocks: goes back to its queue once every step in flight is answered."""
     counted: bool = False
     """Counts against the bounds of the queues."""
+    epoch: int = 0
+    """Of the shard group to which it was given; 0: none."""
+    refused_by: frozenset[int] = frozenset()
+    """Epochs of the groups that could not serve its adapters."""
     restarts: int = 0
     """How often a lost shard group made it start again."""
     queued_at: float = 0.0

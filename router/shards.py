@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 import grpc.aio
 
 from ..proto import shard_pb2
+from ..proto.credentials import Credentials
 from .connection import Connection, Deadlines
-from .errors import AdapterFetchFailed, InternalError, RouterError, ShardLost
-from .rpc_errors import typed
+from .errors import AdapterFetchFailed, InternalError, RanksDiffer, RouterError, ShardLost
+from .rpc_errors import cause_of, typed
 
 if TYPE_CHECKING:
     from ..proto.shard_pb2_grpc import ShardAsyncStub
@@ -30,11 +33,15 @@ class GroupEvents(Protocol):
         """Answers come in seq order; a step's parts follow each other, the last one has `last`."""
         ...
 
+    def group_draining(self, epoch: int) -> None:
+        """The group is about to stop: it shall get no new work, and be released once it has none left."""
+        ...
+
     def group_lost(self, epoch: int, error: RouterError) -> None: ...
 
 
 class ShardGroup(Protocol):
-    """One copy of the model. Every call but `send` and `abandon` may raise a typed error."""
+    """One copy of the model. Every call but `send`, `abandon` and `release` may raise a typed error."""
 
     def start(self, events: GroupEvents) -> None:
         """Connect, and connect again after every loss, until closed."""
@@ -46,6 +53,10 @@ class ShardGroup(Protocol):
 
     def abandon(self, epoch: int, reason: str) -> None:
         """End the epoch from this side: the group cannot be trusted any more."""
+        ...
+
+    def release(self, epoch: int) -> None:
+        """End the epoch in order: nothing runs there, and nothing will. No loss is reported."""
         ...
 
     async def tokenizer(self, adapter_digest: str = "") -> shard_pb2.TokenizerReply: ...
@@ -63,18 +74,42 @@ class ShardGroup(Protocol):
     async def close(self) -> None: ...
 
 
+def new_epochs() -> Iterator[int]:
+    """Numbers that grow, over restarts of the router too. The groups of one router share one iterator, so
+    that no two of them have an epoch in common."""
+    last = 0
+    while True:
+        last = max(last + 1, time.time_ns())
+        yield last
+
+
 class GrpcShardGroup:
     """`ShardGroup` over gRPC.
 
     Args:
         addresses: host:port of every rank, rank 0 first. Rank 0's answers count; the others' must agree.
         deadlines: for every unary call and every step.
+        credentials: for mutual TLS; without them the connection is plain.
+        epochs: a number for each connection, which no other group has.
     """
 
-    def __init__(self, addresses: tuple[str, ...], deadlines: Deadlines | None = None) -> None:
-        self._addresses = addresses
+    def __init__(
+        self,
+        addresses: tuple[str, ...],
+        deadlines: Deadlines | None = None,
+        credentials: Credentials | None = None,
+        epochs: Iterator[int] | None = None,
+    ) -> None:
+        self.weight_bytes: tuple[int, ...] = ()
+        """Of each rank's part of the model, as it said last."""
+        self.addresses = addresses
+        self.trouble = ""
+        """Why the last try to connect failed; empty after one that succeeded."""
+        self.ranks_differ = asyncio.Event()
+        """Set once all ranks have answered, but do not form a group that this router can drive."""
         self._deadlines = deadlines or Deadlines()
-        self._epoch = 0
+        self._credentials = credentials
+        self._epochs = epochs or new_epochs()
         self._connection: Connection | None = None
         self._runner: asyncio.Task[None] | None = None
 
@@ -90,6 +125,11 @@ class GrpcShardGroup:
         connection = self._connection
         if connection is not None and connection.epoch == epoch:
             connection.lose(reason)
+
+    def release(self, epoch: int) -> None:
+        connection = self._connection
+        if connection is not None and connection.epoch == epoch and not connection.released.done():
+            connection.released.set_result(None)
 
     async def tokenizer(self, adapter_digest: str = "") -> shard_pb2.TokenizerReply:
         request = shard_pb2.TokenizerRequest(adapter_digest=adapter_digest)
@@ -113,8 +153,8 @@ class GrpcShardGroup:
         same.CopyFrom(request)
         same.expect_digest, same.revision = manifest.digest, manifest.revision or request.revision
         for stub in others:
-            async for _ in self._download_on(stub, same):
-                pass
+            async for event in self._download_on(stub, same):
+                manifest.rank_bytes.extend(event.manifest.rank_bytes)
         yield shard_pb2.DownloadAdapterEvent(manifest=manifest)
 
     async def load(self, digest: str, slot: int) -> shard_pb2.LoadAdapterReply:
@@ -160,25 +200,52 @@ class GrpcShardGroup:
 
     async def _run(self, events: GroupEvents) -> None:
         """Connect, serve until lost, again; each failure in a row waits longer before the next try."""
-        pause = 0.05
+        name, pause = self.addresses[0], 0.05
         while True:
-            self._epoch = max(self._epoch + 1, time.time_ns())
-            connection = Connection(self._epoch, self._addresses, self._deadlines, events.step_answered)
+            epoch = next(self._epochs)
+            connection = Connection(
+                epoch,
+                self.addresses,
+                self._deadlines,
+                events.step_answered,
+                self._credentials,
+                partial(events.group_draining, epoch),
+            )
             try:
-                info = await connection.open()
-                log.info("shard group ready: %s on %s, epoch %d", info.model, info.device, connection.epoch)
+                infos = await connection.open()
+                self.trouble = ""
+                self.weight_bytes = tuple(info.weight_bytes for info in infos)
+                info = infos[0]
+                log.info(
+                    "shard group ready: %s on %s at %s, epoch %d",
+                    info.model,
+                    info.device,
+                    name,
+                    connection.epoch,
+                )
                 self._connection = connection
                 events.group_ready(connection.epoch, info)
-                reason = await asyncio.shield(connection.lost)  # else our own end would look like a loss
+                await asyncio.wait((connection.lost, connection.released), return_when=FIRST_COMPLETED)
                 self._connection = None
-                log.error("shard group lost, epoch %d: %s", connection.epoch, reason)
-                lost = ShardLost("The model's process failed during this request.", retry_after=5.0)
-                events.group_lost(connection.epoch, lost)
+                if connection.lost.done():
+                    log.error("shard group at %s lost, epoch %d: %s", name, epoch, connection.lost.result())
+                    lost = ShardLost("The model's process failed during this request.", retry_after=5.0)
+                    events.group_lost(epoch, lost)
+                else:
+                    log.info("shard group at %s released, epoch %d", name, epoch)
                 pause = 0.05
             except RouterError as error:
-                log.info("shard group not reachable yet: %s", error.message)
+                self._note(error)
             finally:
                 self._connection = None
                 await connection.close()
             await asyncio.sleep(pause)
             pause = min(self._deadlines.reconnect, pause * 2)
+
+    def _note(self, error: RouterError) -> None:
+        trouble = cause_of(error)
+        if trouble != self.trouble:
+            log.info("shard group not reachable yet: %s", trouble)
+        self.trouble = trouble
+        if isinstance(error, RanksDiffer):
+            self.ranks_differ.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,13 @@ class PagedAttention:
         self._batch = batch
         self._masks.clear()
 
+    @property
+    def batch(self) -> Batch:
+        """What was begun last."""
+        if self._batch is None:
+            raise RuntimeError("no batch was begun")
+        return self._batch
+
     def forward(
         self,
         module: nn.Module,
@@ -92,20 +99,20 @@ class PagedAttention:
     ) -> tuple[torch.Tensor, None]:
         """query [1, heads, T, dim], key and value [1, kv_heads, T, dim] -> [1, T, heads, value_dim]."""
         options = Options.parse(query.shape[-1], kwargs)
-        batch = self._batch
-        if batch is None:
-            raise RuntimeError("no batch was begun")
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        self._kv.write(layer, batch.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        q = query[0].transpose(0, 1)
-        out = q.new_empty(*q.shape[:-1], value.shape[-1])
+        self._kv.write(layer, self.batch.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return self.attend(layer, query[0].transpose(0, 1), options).unsqueeze(0), None
+
+    def attend(self, layer: int, q: torch.Tensor, options: Options) -> torch.Tensor:
+        """q [T, heads, dim] over the cache, this step's keys and values included -> [T, heads, value_dim]."""
+        batch = self.batch
+        out = q.new_empty(*q.shape[:-1], self._kv.layer(layer)[1].shape[-1])
         if batch.decode is not None:
             rows = batch.decode.lengths.shape[0]
-            out[:rows] = self._decode(layer, q[:rows], batch.decode, options)
-        for segment in batch.prompts:
-            span = slice(segment.first, segment.first + segment.count)
-            out[span] = self._prompt(layer, q[span], segment, options)
-        return out.unsqueeze(0), None
+            self._decode(layer, out[:rows], q[:rows], batch.decode, options)
+        if batch.prompts:
+            self._prompts(layer, out, q, batch.prompts, options)
+        return out
 
     def _mask(self, first: int, window: int | None, build: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The mask of the segment that begins at token `first`: the same in every layer with the same
@@ -114,26 +121,44 @@ class PagedAttention:
             self._masks[first, window] = build()
         return self._masks[first, window]
 
-    def _decode(self, layer: int, q: torch.Tensor, segment: DecodeSegment, options: Options) -> torch.Tensor:
+    def _decode(
+        self, layer: int, out: torch.Tensor, q: torch.Tensor, segment: DecodeSegment, options: Options
+    ) -> None:
         """q [n, heads, dim]. Queries that share a KV head are passed as one group of rows."""
         keys, values = self._kv.read(layer, segment.block_tables)
         n, heads, dim = q.shape
         kv_heads, width = keys.shape[2], keys.shape[1]
         grouped = q.view(n, kv_heads, heads // kv_heads, dim)
         mask = self._mask(0, options.window, lambda: decode_mask(segment.lengths, width, options.window))
-        out = attend(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, options)
-        return out.reshape(n, heads, -1)
+        attended = attend(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, options)
+        out.copy_(attended.reshape(n, heads, -1))
+
+    def _prompts(
+        self,
+        layer: int,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        prompts: Sequence[PromptSegment],
+        options: Options,
+    ) -> None:
+        """q and out [T, heads, dim] of the whole step."""
+        for segment in prompts:
+            span = slice(segment.first, segment.first + segment.count)
+            out[span] = self._prompt(layer, q[span], segment, options)
 
     def _prompt(self, layer: int, q: torch.Tensor, segment: PromptSegment, options: Options) -> torch.Tensor:
         """q [count, heads, dim] of one prompt, over its cached tokens and itself."""
         keys, values = self._kv.read(layer, segment.blocks)
         total = segment.start + segment.count
-        groups = q.shape[1] // keys.shape[1]
-        k = keys[:total].transpose(0, 1).repeat_interleave(groups, dim=0)
-        v = values[:total].transpose(0, 1).repeat_interleave(groups, dim=0)
+        kv_heads = keys.shape[1]
+        grouped = q.transpose(0, 1).reshape(kv_heads, -1, *q.shape[::2])
+        # The heads of a group see the same keys and values, which are not copied for each of them.
+        k, v = (
+            each[:total].transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1)
+            for each in (keys, values)
+        )
         mask = self._mask(segment.first, options.window, lambda: prompt_mask(segment, options.window))
-        out = attend(q.transpose(0, 1)[None], k[None], v[None], mask, options)
-        return out[0].transpose(0, 1)
+        return attend(grouped, k, v, mask, options).flatten(0, 1).transpose(0, 1)
 
 
 def attend(

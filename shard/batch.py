@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,12 @@ import torch
 
 from ..kernels.ops import Entries, Routing, route
 from ..proto import shard_pb2 as pb
+from .device import send
 from .errors import BadPlan
 from .rows import Row, RowTable
 
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
+_Blocks = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class DecodeSegment:
     """The first tokens of the batch: one query token for each of n rows."""
 
     block_tables: torch.Tensor
-    """[n, blocks] int64, padded with the sink block."""
+    """[n, blocks] int32, padded with the sink block."""
     lengths: torch.Tensor
     """[n] int64: tokens in the cache, this step's included."""
 
@@ -76,14 +78,35 @@ class Batch:
     def adapter_count(self) -> int:
         return len(self.token_routing.slots)
 
+    def to(self, device: torch.device) -> Batch:
+        """This batch with its tensors on a device; the routings stay as they are."""
+        if device.type == "cpu":
+            return self
+        decode = () if self.decode is None else (self.decode.block_tables, self.decode.lengths)
+        blocks = [prompt.blocks for prompt in self.prompts]
+        flat = (self.token_ids, self.positions, self.kv_slots, self.logit_rows, *decode, *blocks)
+        token_ids, positions, kv_slots, logit_rows, *rest = send(flat, device)
+        segments = rest[len(decode) :]
+        return replace(
+            self,
+            token_ids=token_ids,
+            positions=positions,
+            kv_slots=kv_slots,
+            decode=DecodeSegment(rest[0], rest[1]) if decode else None,
+            prompts=tuple(
+                replace(prompt, blocks=own) for prompt, own in zip(self.prompts, segments, strict=True)
+            ),
+            logit_rows=logit_rows,
+        )
 
-def build_batch(plan: pb.StepPlan, rows: RowTable, *, block_size: int, device: torch.device) -> Batch:
-    """Flatten a plan whose starts, block tables and ends have been applied to `rows`.
+
+def build_batch(plan: pb.StepPlan, rows: RowTable, *, block_size: int) -> Batch:
+    """Flatten a plan whose starts, block tables and ends have been applied to `rows`. Tensors are on the CPU.
 
     Appends the chunks' tokens to their rows. Decode rows that are masked take no part. Rows with the
     same adapters are laid side by side, so that their tokens form one slice.
     """
-    builder = _Builder(rows, block_size, device)
+    builder = _Builder(rows, block_size)
     decoding = [row for row in map(rows.__getitem__, plan.decode_rows) if not row.masked]
     decoding.sort(key=Row.last_entries)
     decode = builder.add_decode(decoding) if decoding else None
@@ -96,10 +119,9 @@ def build_batch(plan: pb.StepPlan, rows: RowTable, *, block_size: int, device: t
 class _Builder:
     """Collects the flat arrays of one batch: the decode rows at once, then chunk by chunk."""
 
-    def __init__(self, rows: RowTable, block_size: int, device: torch.device) -> None:
+    def __init__(self, rows: RowTable, block_size: int) -> None:
         self._tables = rows.block_tables
         self._block_size = block_size
-        self._device = device
         self._count = 0
         self._token_ids: list[list[int]] = []
         self._positions: list[_Ids] = []
@@ -123,7 +145,9 @@ class _Builder:
         self._samples += decoding
         self._sample_rows += range(len(decoding))
         width = -(-int(lengths.max()) // self._block_size)
-        return DecodeSegment(self._tensor(self._tables[lines, :width]), self._tensor(lengths))
+        return DecodeSegment(
+            self._tensor(self._tables[lines, :width].astype(np.int32)), self._tensor(lengths)
+        )
 
     def add_chunk(self, row: Row, chunk: pb.PromptChunk) -> PromptSegment:
         """The next tokens of a prompt, which become the row's."""
@@ -150,6 +174,9 @@ class _Builder:
 
     def batch(self, decode: DecodeSegment | None, prompts: tuple[PromptSegment, ...]) -> Batch:
         """Everything added so far."""
+        decode_rows = 0 if decode is None else len(decode.lengths)
+        routing = route(self._entries, decode_rows=decode_rows)
+        logit_entries = [self._entries[index] for index in self._logit_rows]
         return Batch(
             token_ids=self._flat([np.array(tokens, dtype=np.int64) for tokens in self._token_ids]),
             positions=self._flat(self._positions),
@@ -157,12 +184,12 @@ class _Builder:
             decode=decode,
             prompts=prompts,
             logit_rows=self._tensor(np.array(self._logit_rows, dtype=np.int64)),
-            token_routing=route(self._entries),
-            logit_routing=route([self._entries[index] for index in self._logit_rows]),
+            token_routing=routing,
+            logit_routing=route(logit_entries, decode_rows=len(logit_entries)) if prompts else routing,
             samples=tuple(self._samples),
             sample_rows=tuple(self._sample_rows),
             scored=tuple(self._scored),
-            row_count=(0 if decode is None else decode.lengths.shape[0]) + len(prompts),
+            row_count=decode_rows + len(prompts),
         )
 
     def _append(self, tokens: list[int], positions: _Ids, blocks: _Ids) -> None:
@@ -179,5 +206,5 @@ class _Builder:
     def _flat(self, parts: list[_Ids]) -> torch.Tensor:
         return self._tensor(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
 
-    def _tensor(self, values: _Ids) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+    def _tensor(self, values: _Ids | _Blocks) -> torch.Tensor:
+        return torch.from_numpy(values)

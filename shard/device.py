@@ -6,20 +6,55 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 
+ALIGNMENT = 16
+"""Bytes; of every tensor in a packed copy."""
+
 
 def resolve(name: str) -> torch.device:
-    """The torch device for "auto", "cpu" or "cuda". "auto" takes a GPU only if there is one to use."""
+    """The torch device for "auto", "cpu" or "cuda". "auto" takes a GPU where torch sees one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody uses, what torch keeps back for later included."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small CPU tensor on a device. A GPU gets it in the order of the current stream, and the host does not
+    wait for what that stream still does, as it would with an ordinary copy."""
+    if device.type != "cuda":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def send(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Small CPU tensors to a device in one copy, which may still be under way in the current stream."""
+    ends = list(accumulate(-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors))
+    spans = [(end, each) for end, each in zip([0, *ends], tensors, strict=False)]
+    host = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, each in spans:
+        _part(host, start, each).copy_(each)
+    there = host.to(device, non_blocking=True)
+    return [_part(there, start, each) for start, each in spans]
+
+
+def _part(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """The bytes of a buffer from `start` on, as a tensor of the same kind."""
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class DeviceThread:
@@ -38,6 +73,12 @@ class DeviceThread:
         """Finish what was submitted, then end the thread."""
         self._tasks.put(None)
         self._thread.join()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do `work` there and wait for it. For a caller without a loop. Raises what it raises."""
+        future: Future[T] = Future()
+        self._tasks.put(lambda: _fulfil(future, work))
+        return future.result()
 
     def submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Queue `work`; the answer arrives on the calling loop. Called from the loop's thread only."""

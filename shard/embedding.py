@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.ops import EmbeddingLora, LoraOps, Routing
+from ..kernels.ops import LoraOps, Routing
 from .adapters.layout import EmbeddingTarget
 from .adapters.weights import EmbeddingWeights, ReplacedRows, SiteWeights
+from .parallel.forward import embed, own_forward
+from .parallel.vocabulary import VocabularyShare
 from .sites import ModelSites, RoutingCell, SiteContext, replace_module
 from .trace import TOKENS, Trace
 
@@ -18,14 +20,20 @@ class EmbeddingSite:
     scaling of embeddings, which applies to all of it."""
 
     def __init__(
-        self, base: nn.Embedding, scale: torch.Tensor | None, ops: LoraOps, cell: RoutingCell
+        self,
+        base: nn.Embedding,
+        scale: torch.Tensor | None,
+        ops: LoraOps,
+        cell: RoutingCell,
+        vocabulary: VocabularyShare,
     ) -> None:
         """`scale`: what `base` multiplies its rows by, in the weight's dtype; None: nothing."""
         self._base = base
+        self._vocabulary = vocabulary
         self._scale = scale
         self._ops = ops
         self._cell = cell
-        self._lora: dict[int, EmbeddingLora] = {}
+        self._lora = ops.embedding_table()
         self._rows: dict[int, ReplacedRows] = {}
 
     def put(self, slot: int, weights: SiteWeights) -> None:
@@ -33,7 +41,7 @@ class EmbeddingSite:
         assert isinstance(weights, EmbeddingWeights)
         if weights.lora is not None:
             self._lora[slot] = weights.lora
-        if weights.rows is not None:
+        if weights.rows is not None and len(weights.rows.weight):
             self._rows[slot] = weights.rows
 
     def drop(self, slot: int) -> None:
@@ -43,16 +51,17 @@ class EmbeddingSite:
 
     def output(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [..., T] int64 -> [..., T, hidden]."""
-        routing = self._cell.routing
-        if not routing.groups or not (self._lora or self._rows):
+        placed = self._cell.placed
+        if placed is None:
             output: torch.Tensor = self._base(token_ids)
             return output
         tokens = token_ids.reshape(-1)
         weight = self._base.weight
-        e = F.embedding(tokens.clamp(max=len(weight) - 1), weight)
-        self._replace_rows(e, tokens, routing)
-        if self._lora:
-            self._ops.add_embedding(e, tokens, routing, self._lora)
+        e = embed(lambda ids: F.embedding(ids, weight), tokens, len(weight), self._vocabulary)
+        local = self._vocabulary.local(tokens)
+        self._replace_rows(e, local, self._cell.routing)
+        self._ops.add_embedding(e, local, placed, self._lora)
+        e = self._vocabulary.sum(e)
         if self._scale is not None:
             e = e * self._scale
         return e.view(*token_ids.shape, -1)
@@ -99,10 +108,12 @@ def add_embedding_site(model: nn.Module, trace: Trace, context: SiteContext, sit
     scale = _scale_of(base)
     if not _is_scaled_lookup(base, scale):
         return
-    site = EmbeddingSite(base, scale, context.ops, context.tokens)
-    vocab_size, hidden_size = base.weight.shape
-    sites.embeddings.append(EmbeddingTarget(name, sites.add(site), vocab_size, hidden_size))
-    sites.parameters[f"{name}.weight"] = base.weight
+    held, hidden_size = base.weight.shape
+    vocabulary = VocabularyShare.of(context.split, held)
+    site = EmbeddingSite(base, scale, context.ops, context.tokens, vocabulary)
+    share = context.split.share(f"{name}.weight")
+    sites.embeddings.append(EmbeddingTarget(name, sites.add(site), vocabulary.size, hidden_size, share))
+    sites.keep(f"{name}.weight", base.weight, context)
     replace_module(model, name, SiteEmbedding(site, base.weight))
 
 
@@ -122,4 +133,4 @@ def _is_scaled_lookup(base: nn.Module, scale: torch.Tensor | None) -> bool:
         return False
     tokens = torch.arange(min(TOKENS, len(base.weight)), device=base.weight.device)
     rows = F.embedding(tokens, base.weight)
-    return torch.equal(base(tokens), rows if scale is None else rows * scale)
+    return torch.equal(own_forward(base)(tokens), rows if scale is None else rows * scale)

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from ..proto import shard_pb2 as pb
 from .batch import Batch, Scored, build_batch
+from .device import on_device
 from .errors import BadPlan
 from .kv import KvCache
 from .model import StepModel
+from .parallel.sampling import GroupSampler
 from .rows import Row, RowTable
 from .sampling import Sampled, Sampler, SampleRow, TokenLogprobs
 
@@ -28,16 +30,14 @@ class StepEngine:
         model: StepModel,
         kv: KvCache,
         rows: RowTable,
-        sampler: Sampler,
+        sampler: Sampler | GroupSampler,
         *,
-        device: torch.device,
         slot_is_resident: Callable[[int], bool],
     ) -> None:
         self._model = model
         self._kv = kv
         self._rows = rows
         self._sampler = sampler
-        self._device = device
         self._slot_is_resident = slot_is_resident
         self._finished_at: float | None = None
 
@@ -51,7 +51,7 @@ class StepEngine:
         began = time.perf_counter()
         idle = 0.0 if self._finished_at is None else began - self._finished_at
         self._apply(plan)
-        batch = build_batch(plan, self._rows, block_size=self._kv.block_size, device=self._device)
+        batch = build_batch(plan, self._rows, block_size=self._kv.block_size)
         result = pb.StepResult(epoch=plan.epoch, seq=plan.seq, last=True)
         if batch.row_count:
             logits = self._model.forward(batch)
@@ -83,7 +83,9 @@ class StepEngine:
     def _sample(self, batch: Batch, logits: torch.Tensor, result: pb.StepResult) -> None:
         if not batch.samples:
             return
-        picked = logits if len(batch.samples) == logits.shape[0] else logits[list(batch.sample_rows)]
+        picked = logits
+        if len(batch.samples) != logits.shape[0]:
+            picked = logits[on_device(torch.tensor(batch.sample_rows), logits.device)]
         drawn = self._sampler.sample(picked, [_sample_row(row) for row in batch.samples])
         for row, sampled in zip(batch.samples, drawn, strict=True):
             _record(row, sampled, result)

@@ -8,7 +8,8 @@ ShardError
 ├── AdapterFetchFailed   the source did not deliver; worth another try later
 ├── AdapterMemoryFull    the byte budget of the pool is used up
 ├── SlotBusy             the slot holds another adapter
-└── ModelRefused         the base model cannot be served exactly; raised at start only
+├── ModelRefused         the base model cannot be served exactly; raised at start only
+└── RanksLost            the other ranks did not come, or have gone; the process ends
 """
 
 from __future__ import annotations
@@ -72,3 +73,9 @@ class ModelRefused(ShardError):
     grpc_code = grpc.StatusCode.FAILED_PRECONDITION
     http_status = 500
     reason = "MODEL_REFUSED"
+
+
+class RanksLost(ShardError):
+    grpc_code = grpc.StatusCode.UNAVAILABLE
+    http_status = 503
+    reason = "RANKS_LOST"

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..kernels.ops import Entries, LoraOps, LoraPart, LoraWeights, Routing, RowGroup
+from ..kernels.ops import Entries, LoraOps, LoraPart, LoraWeights, Placed, Routing, RowGroup
 from .adapters.layout import ExpertsParameter, ExpertsTarget
 from .adapters.weights import ExpertWeights, SiteWeights
+from .parallel.ranks import Ranks
+from .parallel.split import Split
 from .sites import ModelSites, RoutingCell, SiteContext, replace_module
 from .trace import TOKENS, Trace
 
@@ -84,17 +86,32 @@ def add_expert_sites(model: nn.Module, trace: Trace, context: SiteContext, sites
         base = read_experts(module)
         if base is None or len(call.input_shape) != 2 or call.input_rows != TOKENS:
             continue
-        site = ExpertsSite(base, context.ops, numbers)
+        split = context.split
+        site = ExpertsSite(base, context.ops, numbers, split.ranks if call.name in split.partial else None)
         parameters = []
         for linear in (base.up, base.down):
-            experts, out_features, in_features = linear.weight.shape
+            experts = len(linear.weight)
             transposed = bool(module.is_transposed)
-            parameters.append(
-                ExpertsParameter(linear.name, in_features, out_features, transposed, linear.halves)
-            )
-            sites.parameters[f"{call.name}.{linear.name}"] = getattr(module, linear.name).data
+            parameters.append(_parameter(f"{call.name}.{linear.name}", linear, transposed, split))
+            sites.keep(f"{call.name}.{linear.name}", getattr(module, linear.name).data, context)
         sites.experts.append(ExpertsTarget(call.name, sites.add(site), experts, tuple(parameters)))
         replace_module(model, call.name, SiteExperts(site, module))
+
+
+def _parameter(path: str, linear: ExpertsLinear, transposed: bool, split: Split) -> ExpertsParameter:
+    """What adapters may change in one parameter of the experts."""
+    _, held_outputs, held_inputs = linear.weight.shape
+    share = split.share(path)
+    outputs, inputs = (share.outputs, share.inputs) if share else (None, None)
+    return ExpertsParameter(
+        linear.name,
+        inputs.size if inputs else held_inputs,
+        outputs.size if outputs else held_outputs,
+        transposed,
+        linear.halves,
+        share,
+        split.share(path, part=0) if linear.halves else None,
+    )
 
 
 class GroupNumbers:
@@ -129,18 +146,19 @@ class _Pairs:
     """[pairs] int64: row * k + choice, of the pair at each position."""
     spans: Sequence[tuple[int, int, int]]
     """(expert, first position, last position + 1), ascending. No expert: the positions behind the last."""
-    routing: Routing
-    """Of the positions. An adapter's share of one expert has the slot: slot * experts + expert."""
+    placed: Placed | None
+    """The routing of the positions; an adapter's share of one expert has the key slot * experts + expert."""
 
 
 class _Deltas:
     """What the slots add to one linear of every expert."""
 
-    def __init__(self, experts: int, name: str, out_offset: int) -> None:
+    def __init__(self, experts: int, name: str, out_offset: int, width: int, ops: LoraOps) -> None:
         self._experts = experts
         self._name = name
         self._out_offset = out_offset
-        self._table: dict[int, LoraWeights] = {}
+        self._ops = ops
+        self._table = ops.site_table([width], shares=experts)
 
     def put(self, slot: int, weights: ExpertWeights) -> None:
         if (lora := weights.parameters.get(self._name)) is not None:
@@ -153,16 +171,20 @@ class _Deltas:
         for share in range(slot * self._experts, (slot + 1) * self._experts):
             self._table.pop(share, None)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, routing: Routing, ops: LoraOps) -> None:
-        if routing.groups and self._table:
-            ops.add_lora(y, x, routing, self._table)
+    def add(self, y: torch.Tensor, x: torch.Tensor, placed: Placed) -> None:
+        if self._table:
+            self._ops.start_lora(x, placed, self._table).add_to(y)
 
 
 class ExpertsSite:
     """The experts of one layer."""
 
-    def __init__(self, base: BaseExperts, ops: LoraOps, numbers: GroupNumbers) -> None:
+    def __init__(
+        self, base: BaseExperts, ops: LoraOps, numbers: GroupNumbers, adders: Ranks | None = None
+    ) -> None:
+        """`adders`: who adds up the outputs, where each rank has a part of the experts' inner width."""
         self._base = base
+        self._adders = adders
         self._ops = ops
         self._numbers = numbers
         self._slots: set[int] = set()
@@ -172,10 +194,14 @@ class ExpertsSite:
 
     def _deltas(self, linear: ExpertsLinear) -> list[_Deltas]:
         """One for the whole linear, and one for each half of it."""
-        names = {linear.name: 0}
-        for index, half in enumerate(linear.halves):
-            names[half] = index * (linear.weight.shape[1] // len(linear.halves))
-        return [_Deltas(self._experts, name, offset) for name, offset in names.items()]
+        width = linear.weight.shape[1]
+        whole = _Deltas(self._experts, linear.name, 0, width, self._ops)
+        share = width // max(1, len(linear.halves))
+        halves = [
+            _Deltas(self._experts, half, index * share, share, self._ops)
+            for index, half in enumerate(linear.halves)
+        ]
+        return [whole, *halves]
 
     def put(self, slot: int, weights: SiteWeights) -> None:
         """Keep one adapter's ExpertWeights."""
@@ -201,15 +227,17 @@ class ExpertsSite:
         weighted = outputs * weights.reshape(-1)[pairs.order, None]
         by_row = torch.empty_like(weighted)
         by_row[pairs.order] = weighted
-        return by_row.view(*chosen.shape, -1).sum(1).to(x.dtype)
+        y = by_row.view(*chosen.shape, -1).sum(1).to(x.dtype)
+        return y if self._adders is None else self._adders.sum(y)
 
     def _project(
         self, linear: ExpertsLinear, changes: Sequence[_Deltas], x: torch.Tensor, pairs: _Pairs
     ) -> torch.Tensor:
         """x [pairs, in] -> [pairs, out], with every pair's adapters."""
         y = linear.apply(x, pairs.spans)
-        for deltas in changes:
-            deltas.add(y, x, pairs.routing, self._ops)
+        if pairs.placed is not None:
+            for deltas in changes:
+                deltas.add(y, x, pairs.placed)
         return y
 
     def _pairs(self, chosen: torch.Tensor) -> _Pairs:
@@ -236,7 +264,8 @@ class ExpertsSite:
                 groups.append(RowGroup(shares, slice(start, stop), count))
             start = stop
         slots = {slot for group in groups for slot, _ in group.entries}
-        return _Pairs(order, spans, Routing(tuple(groups), tuple(sorted(slots))))
+        routing = Routing(tuple(groups), tuple(sorted(slots)), rows=ordered.numel())
+        return _Pairs(order, spans, self._ops.place(routing, shares=self._experts) if groups else None)
 
     def _entries(self) -> list[Entries]:
         """Of each group of rows, the adapters that change these experts; empty where no group has any."""

@@ -12,7 +12,7 @@ from torch import nn
 from ..proto import shard_pb2 as pb
 from .batch import Batch, build_batch
 from .errors import ModelRefused
-from .model import StepModel
+from .model import CausalModel, Forward, StepModel
 from .rows import Row, RowTable
 from .trace import Trace
 
@@ -80,20 +80,15 @@ def reference_logits(model: nn.Module, vocab_size: int) -> list[torch.Tensor]:
     ]
 
 
-def check_packed(
-    model: StepModel, expected: Sequence[torch.Tensor], *, block_size: int, device: torch.device
-) -> None:
+def check_packed(model: StepModel, expected: Sequence[torch.Tensor], *, block_size: int) -> None:
     """Run the probes as one packed prefill over scattered blocks. Raises ModelRefused on a difference."""
-    vocab_size = expected[0].shape[-1]
-    probes = _probes(vocab_size)
-    logits = model.forward(_packed_batch(probes, block_size, device))
+    probes = _probes(expected[0].shape[-1])
+    logits = model.forward(_probe_steps(probes, block_size)[0])
     start = 0
     for probe, reference in zip(probes, expected, strict=True):
         got = logits[start : start + len(probe)]
         start += len(probe)
-        distance = float(
-            (got.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-9)
-        )
+        distance = _distance(got, reference)
         if not distance <= TOLERANCE[reference.dtype]:
             raise ModelRefused(
                 f"two sequences packed in one batch differ from separate runs by {distance:.1e} "
@@ -102,17 +97,39 @@ def check_packed(
     log.info("packed rows equal separate runs")
 
 
-def _packed_batch(probes: list[list[int]], block_size: int, device: torch.device) -> Batch:
-    rows = RowTable(len(probes), max(map(len, probes)))
-    plan = pb.StepPlan()
+def distance_of(model: CausalModel, run: Forward, vocab_size: int, *, block_size: int) -> float:
+    """How far another forward pass is from a model's own: the largest relative L2 distance of the logits of a
+    prefill and a decode step. The model runs by its own pass afterwards."""
+    steps = _probe_steps(_probes(vocab_size), block_size)
+    expected = [model.forward(step) for step in steps]
+    own = model.use(run)
+    got = [model.forward(step) for step in steps]
+    model.use(own)
+    return max(_distance(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def _distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2."""
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-9))
+
+
+def _probe_steps(probes: list[list[int]], block_size: int) -> tuple[Batch, Batch]:
+    """Two steps over scattered blocks: the probes as one packed prefill, and a token more of each."""
+    rows = RowTable(len(probes), 1 + max(map(len, probes)))
+    prefill, decode = pb.StepPlan(), pb.StepPlan()
     next_block = 1
     for index, probe in enumerate(probes):
         row = Row.from_proto(
             pb.RowStart(row=index, prompt_length=len(probe), output=pb.RowStart.PROMPT_LOGPROBS)
         )
         rows.start(row)
-        count = -(-len(probe) // block_size)
+        count = -(-(len(probe) + 1) // block_size)
         rows.extend(index, range(next_block, next_block + count))
         next_block += count
-        plan.chunks.add(row=index, start=0, tokens=probe)
-    return build_batch(plan, rows, block_size=block_size, device=device)
+        prefill.chunks.add(row=index, start=0, tokens=probe)
+        decode.decode_rows.append(index)
+    first = build_batch(prefill, rows, block_size=block_size)
+    for index, probe in enumerate(probes):
+        rows[index].tokens.append(probe[0])
+    return first, build_batch(decode, rows, block_size=block_size)

@@ -8,15 +8,19 @@ from torch.nn import functional as F
 from ..kernels.ops import LoraOps, Routing, RowGroup
 from .adapters.weights import LinearWeights, SiteWeights
 from .linear import BaseWeight, LinearSite
+from .parallel.vocabulary import VocabularyShare
 from .sites import RoutingCell
 
 
 class HeadSite(LinearSite):
     """The linear whose outputs are the logits."""
 
-    def __init__(self, weight: BaseWeight, ops: LoraOps, cell: RoutingCell) -> None:
-        super().__init__(weight, 1, ops, cell)
-        self._width = weight.out_features
+    def __init__(
+        self, weight: BaseWeight, ops: LoraOps, cell: RoutingCell, vocabulary: VocabularyShare
+    ) -> None:
+        super().__init__(weight, [weight.out_features], ops, cell)
+        self._vocabulary = vocabulary
+        self._width = vocabulary.size
         self._widths: dict[int, int] = {}
         """How many logits a slot's adapter has, where that is not the base's number."""
         self._whole: set[int] = set()
@@ -27,9 +31,8 @@ class HeadSite(LinearSite):
         super().put(slot, weights)
         assert isinstance(weights, LinearWeights)
         for own in weights.rows:
-            width = len(own.weight) if own.ids is None else max(self._width, int(own.ids[-1]) + 1)
-            if width != self._width:
-                self._widths[slot] = width
+            if own.height != self._width:
+                self._widths[slot] = own.height
             if own.ids is None:
                 self._whole.add(slot)
 
@@ -64,12 +67,24 @@ class HeadSite(LinearSite):
             beyond.masked_fill_(ids >= own, -torch.inf)
         return logits
 
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., logits], those of every rank."""
+        own = super().compute(x)
+        if self._vocabulary.is_whole:
+            return own
+        joined = self._vocabulary.join(own.reshape(-1, own.shape[-1]), self._widest(self._cell.routing))
+        return joined.view(*own.shape[:-1], joined.shape[-1])
+
     def _base_output(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        widest = max(self._width, *map(self._group_width, routing.groups)) if self._widths else self._width
+        width = self._vocabulary.width(self._widest(routing))
         if self._whole and self._is_base_unused(len(x), routing):
-            return x.new_empty(len(x), widest)
+            return x.new_empty(len(x), width)
         y = super()._base_output(x, routing)
-        return F.pad(y, (0, widest - self._width)) if widest > self._width else y
+        return F.pad(y, (0, width - y.shape[1])) if width > y.shape[1] else y
+
+    def _widest(self, routing: Routing) -> int:
+        """Logits that the step has room for: the most of any row, at least the base's."""
+        return max(self._width, *map(self._group_width, routing.groups)) if self._widths else self._width
 
     def _is_base_unused(self, rows: int, routing: Routing) -> bool:
         """Whether every row has a whole head of its own, so that the base's need not be read."""

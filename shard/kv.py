@@ -43,6 +43,10 @@ class KvCache:
         """Indices of the layers that store keys and values."""
         return tuple(sorted(self._keys))
 
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [blocks, block_size, kv_heads, dim] of one layer."""
+        return self._keys[index], self._values[index]
+
     def write(self, layer: int, kv_slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [tokens, kv_heads, dim] at kv_slots [tokens], counted over all blocks."""
         self._keys[layer].flatten(0, 1).index_copy_(0, kv_slots, keys)

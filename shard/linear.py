@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.ops import LoraOps, LoraWeights, Routing
+from ..kernels.ops import LoraDelta, LoraOps, Placed, Routing, SiteTable
 from .adapters.weights import LinearWeights, ReplacedRows, SiteWeights
+from .parallel.ranks import Ranks
 from .sites import RoutingCell
 
 
@@ -30,6 +31,10 @@ class BaseWeight(Protocol):
         """[rows, in] -> [rows, out], bias added, in x's dtype."""
         ...
 
+    def dense(self) -> torch.Tensor:
+        """[out, in]: what is multiplied by; a copy where it is not stored like that."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
@@ -44,6 +49,9 @@ class DenseWeight:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def dense(self) -> torch.Tensor:
+        return self.weight
 
     @classmethod
     def stack(cls, parts: Sequence[DenseWeight]) -> DenseWeight:
@@ -65,17 +73,56 @@ class LinearSite:
     kept in a table for each kind of change, so that a kind that no resident adapter uses costs nothing.
     """
 
-    def __init__(self, weight: BaseWeight, members: int, ops: LoraOps, cell: RoutingCell) -> None:
+    def __init__(
+        self,
+        weight: BaseWeight,
+        widths: Sequence[int],
+        ops: LoraOps,
+        cell: RoutingCell,
+        adders: Ranks | None = None,
+    ) -> None:
+        """
+        Args:
+            widths: outputs of the linears, in the order in which `weight` has them.
+            adders: who adds up this site's outputs, where each rank has a part of its inputs.
+        """
         self._weight = weight
-        self._members = members
+        self.width = sum(widths)
+        self._members = len(widths)
         self._ops = ops
         self._cell = cell
-        self._lora: dict[int, LoraWeights] = {}
+        self._adders = adders
+        self._lora = ops.site_table(widths)
         self._input_scales: dict[int, torch.Tensor] = {}
         self._rows: dict[int, tuple[ReplacedRows, ...]] = {}
         self._x: torch.Tensor | None = None
         self._y: torch.Tensor | None = None
         self._served = 0
+
+    @property
+    def weight(self) -> BaseWeight:
+        """The base's."""
+        return self._weight
+
+    @property
+    def table(self) -> SiteTable:
+        """What the operators apply."""
+        return self._lora
+
+    @property
+    def placed(self) -> Placed | None:
+        """This step's adapters, as the operators read them."""
+        return self._cell.placed
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether ranks add up what each of them makes here."""
+        return self._adders is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the operators alone apply what resident adapters change here."""
+        return not (self._input_scales or self._rows)
 
     def put(self, slot: int, weights: SiteWeights) -> None:
         """Keep one adapter's LinearWeights."""
@@ -95,30 +142,36 @@ class LinearSite:
     def output(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., sum of the members' outputs]."""
         if self._members == 1:
-            return self._compute(x)
+            return self.compute(x)
         if self._x is not x or self._y is None:
-            self._x, self._y, self._served = x, self._compute(x), 0
+            self._x, self._y, self._served = x, self.compute(x), 0
         y = self._y
         self._served += 1
         if self._served == self._members:
             self._x = self._y = None
         return y
 
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        routing = self._cell.routing
-        y = self._apply(rows, routing) if routing.groups else self._weight.apply(rows)
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """As `output`, for a caller that wants all of it once."""
+        y, delta = self.begin(x.reshape(-1, x.shape[-1]))
+        if delta is not None:
+            delta.add_to(y)
+        if self._adders is not None:
+            y = self._adders.sum(y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [rows, in] -> [rows, out], with every row's adapters."""
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, LoraDelta | None]:
+        """What the base makes of x [rows, in], and what is still to be added to it; of this rank alone."""
+        placed = self._cell.placed
+        if placed is None:
+            return self._weight.apply(x), None
+        routing = self._cell.routing
+        delta = self._ops.start_lora(x, placed, self._lora)
         inputs = self._scale_input(x, routing) if self._input_scales else x
         y = self._base_output(inputs, routing)
         if self._rows:
             self._replace_rows(y, inputs, routing)
-        if self._lora:
-            self._ops.add_lora(y, x, routing, self._lora)
-        return y
+        return y, delta
 
     def _base_output(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """What the base makes of x [rows, in], with room for every column that these rows' adapters bring."""
@@ -170,10 +223,10 @@ class SiteLinear(nn.Module):
         """`columns`: None where it is the site's only linear. `weight` stays visible where it is tied to
         another module's and for code that reads its dtype."""
         super().__init__()
-        self._site = site
-        self._columns = columns
+        self.site = site
+        self.columns = columns
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._site.output(x)
-        return y if self._columns is None else y[..., self._columns]
+        y = self.site.output(x)
+        return y if self.columns is None else y[..., self.columns]

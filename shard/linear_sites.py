@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapters.base_tensors import ReadTensor
 from .adapters.layout import Target
 from .fused_linears import aliases
 from .head import HeadSite
-from .linear import DenseWeight, LinearSite, SiteLinear
+from .linear import BaseWeight, DenseWeight, LinearSite, SiteLinear
+from .packed_weight import packed
+from .parallel.split import Split
+from .parallel.vocabulary import VocabularyShare
 from .sites import ModelSites, SiteContext, replace_module
 from .trace import LOGITS, TOKENS, ModuleCall, Trace
 
@@ -46,62 +50,125 @@ def add_linear_sites(model: nn.Module, trace: Trace, context: SiteContext, sites
     for members in group_sites(linear_calls(model, trace)):
         names = [call.name for call in members]
         modules = [model.get_submodule(name) for name in names]
-        weight = DenseWeight.stack([_dense(module) for module in modules])
+        parts = [_dense(module) for module in modules]
+        is_tied = modules[0] is head and bool(tied_to)
+        dense = DenseWeight.stack(parts)
+        weight = dense if is_tied else packed(dense)
         cell = context.logits if members[0].input_rows == LOGITS else context.tokens
         is_head = modules[0] is head and cell is context.logits
+        split = context.split
         if is_head:
-            site: LinearSite = HeadSite(weight, context.ops, cell)
+            vocabulary = VocabularyShare.of(split, weight.out_features)
+            site: LinearSite = HeadSite(weight, context.ops, cell, vocabulary)
         else:
-            site = LinearSite(weight, len(members), context.ops, cell)
-        targets = _targets(names, modules, sites.add(site), is_head, tied_to if is_head else "")
-        other_form = aliases(targets, model.config)
+            adders = split.ranks if split.partial.issuperset(names) else None
+            site = LinearSite(weight, [part.out_features for part in parts], context.ops, cell, adders)
+        targets = _targets(names, modules, sites.add(site), is_head, tied_to if is_head else "", split)
+        parts_held = {
+            name: held.parts
+            for name in names
+            if (held := split.parameters.get(f"{name}.weight")) is not None and len(held.parts) > 1
+        }
+        other_form = aliases(targets, model.config, parts_held)
+        whole = _whole_site(names, targets, weight, context.read_whole)
         for target in (*targets, *other_form):
-            _add_parameters(sites.parameters, target, weight)
+            _add_parameters(sites.parameters, target, *whole)
         for target, module in zip(targets, modules, strict=True):
-            _stand_in(model, site, target, module, is_alone=len(members) == 1)
+            _stand_in(model, site, target, module, is_kept=weight is parts[0])
         sites.linears += targets
         sites.aliases += other_form
 
 
 def _targets(
-    names: Sequence[str], modules: Sequence[nn.Module], site: int, is_head: bool, tied_to: str
+    names: Sequence[str],
+    modules: Sequence[nn.Module],
+    site: int,
+    is_head: bool,
+    tied_to: str,
+    split: Split,
 ) -> list[Target]:
     """What adapters may change at one site."""
-    targets, offset = [], 0
+    targets, offset, held_offset = [], 0, 0
     for name, module in zip(names, modules, strict=True):
         transposed = isinstance(module, Conv1D)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-        targets.append(
-            Target(
-                name,
-                site,
-                in_features,
-                out_features,
-                offset,
-                fan_in_fan_out=transposed,
-                has_bias=module.bias is not None,
-                is_head=is_head,
-                tied_to=tied_to,
-            )
+        held_outputs, held_inputs = weight.shape[::-1] if transposed else weight.shape
+        share = split.share(f"{name}.weight", out_offset=held_offset)
+        outputs, inputs = (share.outputs, share.inputs) if share else (None, None)
+        target = Target(
+            name,
+            site,
+            inputs.size if inputs else held_inputs,
+            outputs.size if outputs else held_outputs,
+            offset,
+            fan_in_fan_out=transposed,
+            has_bias=module.bias is not None,
+            is_head=is_head,
+            tied_to=tied_to,
+            share=share,
         )
-        offset += out_features
+        targets.append(target)
+        offset += target.out_features
+        held_offset += held_outputs
     return targets
 
 
-def _add_parameters(parameters: dict[str, torch.Tensor], target: Target, weight: DenseWeight) -> None:
-    """A linear's weight [out, in] and bias, as views of its site's."""
+def _whole_site(
+    names: Sequence[str],
+    targets: Sequence[Target],
+    weight: BaseWeight,
+    read: Callable[[str], torch.Tensor] | None,
+) -> tuple[ReadTensor, ReadTensor]:
+    """What reads a site's weight [out, in] and bias [out] as every rank together has them.
+
+    `read`: as of a SiteContext.
+    """
+    if read is None:
+        return weight.dense, lambda: _given(weight.bias)
+
+    def weights() -> torch.Tensor:
+        return torch.cat([read(f"{name}.weight") for name in names])
+
+    def biases() -> torch.Tensor:
+        # Where linears of a site differ, the ones without a bias have zeros for one.
+        parts = zip(names, targets, strict=True)
+        dtype = _given(weight.bias).dtype
+        return torch.cat(
+            [
+                read(f"{name}.bias") if target.has_bias else torch.zeros(target.out_features, dtype=dtype)
+                for name, target in parts
+            ]
+        )
+
+    return weights, biases
+
+
+def _given(bias: torch.Tensor | None) -> torch.Tensor:
+    assert bias is not None
+    return bias
+
+
+def _add_parameters(
+    parameters: dict[str, ReadTensor], target: Target, weight: ReadTensor, bias: ReadTensor
+) -> None:
+    """A linear's weight [out, in] and bias, out of its site's."""
     columns = slice(target.out_offset, target.out_offset + target.out_features)
-    parameters[f"{target.name}.weight"] = weight.weight[columns]
-    if target.has_bias and weight.bias is not None:
-        parameters[f"{target.name}.bias"] = weight.bias[columns]
+    parameters[f"{target.name}.weight"] = lambda: weight()[columns]
+    if target.has_bias:
+        parameters[f"{target.name}.bias"] = lambda: bias()[columns]
 
 
-def _stand_in(model: nn.Module, site: LinearSite, target: Target, module: nn.Module, is_alone: bool) -> None:
-    """Put a site's columns in the place of one of its linears."""
-    columns = None if is_alone else slice(target.out_offset, target.out_offset + target.out_features)
-    weight = module.weight if is_alone and not target.fan_in_fan_out else None
+def _stand_in(
+    model: nn.Module, site: LinearSite, target: Target, module: nn.Module, *, is_kept: bool
+) -> None:
+    """Put a site's columns in the place of one of its linears.
+
+    `is_kept`: the site has the linear's own weight, which stays visible where it is not stored transposed.
+    """
+    is_alone = site.width == target.held_outputs
+    columns = None if is_alone else slice(target.held_offset, target.held_offset + target.held_outputs)
+    weight = module.weight if is_kept and not target.fan_in_fan_out else None
     assert weight is None or isinstance(weight, torch.Tensor)
     replace_module(model, target.name, SiteLinear(site, columns, weight))
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .device import on_device
+
 _CHUNK = 64
 """Positions worked on at once: bounds the working memory to some 20 bytes a vocabulary entry each."""
 
@@ -57,7 +59,7 @@ def top_ids(values: torch.Tensor, k: int) -> torch.Tensor:
 def _score_chunk(logits: torch.Tensor, targets: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
     vocabulary = logits.shape[1]
     width = min(max(counts), vocabulary)
-    target = torch.tensor(targets, device=logits.device).unsqueeze(1)
+    target = on_device(torch.tensor(targets), logits.device).unsqueeze(1)
     logprobs = torch.log_softmax(logits, dim=-1)
     value = logits.gather(1, target)
     tied_before = (logits == value) & (torch.arange(vocabulary, device=logits.device) < target)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from ..kernels.ops import LoraOps, Routing
+from ..kernels.ops import LoraOps, Placed
+from .adapters.base_tensors import ReadTensor
 from .adapters.layout import AdapterLayout
 from .adapters.pool import Site
 from .attention import NAME, PagedAttention, register
@@ -17,8 +18,8 @@ from .batch import Batch
 from .embedding import add_embedding_site
 from .experts import add_expert_sites
 from .head import HeadSite
-from .kv import KvCache
 from .linear_sites import add_linear_sites
+from .parallel.split import WHOLE, Split
 from .routers import add_router_sites
 from .saved_modules import add_module_sites
 from .sites import ModelSites, RoutingCell, SiteBuilder, SiteContext
@@ -45,6 +46,10 @@ class StepModel(Protocol):
         ...
 
 
+Forward = Callable[[Batch], torch.Tensor]
+"""From a batch on the device, which attention and sites have begun, to its logits [L, vocab]."""
+
+
 class CausalModel:
     """The base with sites in the places that adapters change, and its attention replaced by the paged one.
 
@@ -59,12 +64,35 @@ class CausalModel:
         self._attention = attention
         self._context = context
         self._head = head
+        self._device = next(model.parameters()).device
+        self._run: Forward = self._run_generic
+
+    def use(self, run: Forward) -> Forward:
+        """Run steps by `run` from now on, at first by transformers' forward; answers what ran them."""
+        before, self._run = self._run, run
+        return before
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        self._context.tokens.routing = batch.token_routing
-        self._context.logits.routing = batch.logit_routing
+        self._context.tokens.begin(batch.token_routing)
+        self._context.logits.begin(batch.logit_routing)
+        logits = self._forward(batch.to(self._device))
+        # Only now: some models cap their logits softly, which would turn minus infinity into a number.
+        return logits if self._head is None else self._head.mask(logits, batch.logit_routing)
+
+    @torch.inference_mode()
+    def forward_placed(self, batch: Batch, placed: Placed | None) -> torch.Tensor:
+        """As `forward`, of decode rows alone whose batch is on the device and whose adapters are placed: with
+        no work on the host that differs from step to step."""
+        for cell in (self._context.tokens, self._context.logits):
+            cell.begin_placed(placed)
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
         self._attention.begin(batch)
+        return self._run(batch)
+
+    def _run_generic(self, batch: Batch) -> torch.Tensor:
         output = self._model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
@@ -72,8 +100,7 @@ class CausalModel:
             logits_to_keep=batch.logit_rows,
         )
         logits: torch.Tensor = output.logits[0]
-        # Only now: some models cap their logits softly, which would turn minus infinity into a number.
-        return logits if self._head is None else self._head.mask(logits, batch.logit_routing)
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +111,28 @@ class Specialised:
     layout: AdapterLayout
     sites: Sequence[Site]
     """In the order of the layout's numbers, all empty."""
-    parameters: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, ReadTensor]
     """The base's weights in these places by path, as `BaseWeights.read` describes them."""
 
 
-def specialise(model: nn.Module, trace: Trace, *, kv: KvCache, ops: LoraOps, max_rank: int) -> Specialised:
+def specialise(
+    model: nn.Module,
+    trace: Trace,
+    *,
+    attention: PagedAttention,
+    ops: LoraOps,
+    max_rank: int,
+    split: Split = WHOLE,
+    read_whole: Callable[[str], torch.Tensor] | None = None,
+) -> Specialised:
     """Put a site into every place that adapters can change, and the paged attention into its place.
 
-    Changes `model` in place.
+    `split` and `read_whole` as of a SiteContext. Changes `model` in place.
     """
-    nothing = Routing((), ())
-    context = SiteContext(ops, RoutingCell(nothing), RoutingCell(nothing))
+    context = SiteContext(ops, RoutingCell(ops), RoutingCell(ops), split, read_whole)
     found = ModelSites()
     for build in SITE_BUILDERS:
         build(model, trace, context, found)
-    attention = PagedAttention(kv)
     register(attention.forward)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     layout = AdapterLayout(

@@ -36,7 +36,7 @@ class RouterSite(LinearSite):
     """A router's one linear."""
 
     def __init__(self, weight: RouterWeight, ops: LoraOps, cell: RoutingCell) -> None:
-        super().__init__(weight, 1, ops, cell)
+        super().__init__(weight, [weight.out_features], ops, cell)
         self._slots: set[int] = set()
 
     def put(self, slot: int, weights: SiteWeights) -> None:
@@ -88,9 +88,9 @@ def add_router_sites(model: nn.Module, trace: Trace, context: SiteContext, sites
         sites.linears.append(
             Target(call.name, sites.add(site), in_features, out_features, 0, has_bias=has_bias)
         )
-        sites.parameters[f"{call.name}.weight"] = weight.weight
+        sites.keep(f"{call.name}.weight", weight.weight, context)
         if weight.bias is not None:
-            sites.parameters[f"{call.name}.bias"] = weight.bias
+            sites.keep(f"{call.name}.bias", weight.bias, context)
         _divert(module, site)
 
 

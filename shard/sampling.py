@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..proto import shard_pb2
+from .device import on_device
 from .errors import BadPlan
 from .logprobs import TokenLogprobs, score, top_ids
 
@@ -151,8 +152,10 @@ class Sampler:
         finite = torch.isfinite(best)
         chosen = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 or row.is_adjusted]
         if chosen:
-            tokens[chosen], drawable = _choose(logits[chosen], [rows[i] for i in chosen])
-            finite[chosen] &= drawable
+            picked = logits.clone() if len(chosen) == len(rows) else _select(logits, chosen)
+            drawn, drawable = _choose(picked, [rows[i] for i in chosen])
+            tokens = _replace(tokens, chosen, drawn)
+            finite = _replace(finite, chosen, _select(finite, chosen) & drawable)
         ids: list[int] = torch.where(finite, tokens, -1).tolist()
         logprobs = _chosen_logprobs(logits, rows, ids)
         return [Sampled(token if token >= 0 else None, logprobs.get(i)) for i, token in enumerate(ids)]
@@ -214,7 +217,7 @@ def _choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tens
         temperature = _column(logits, [max(each.temperature, 1e-30) for each in sampling])
         scaled = _select(logits, warm).sub_(_select(best, warm).unsqueeze(1)).div_(temperature)
         draws = [uniform(rows[i].sampling.seed, rows[i].index) for i in warm]
-        tokens[warm] = _draw(torch.softmax(scaled, dim=-1), sampling, draws)
+        tokens = _replace(tokens, warm, _draw(torch.softmax(scaled, dim=-1), sampling, draws))
     return tokens, torch.isfinite(best)
 
 
@@ -230,11 +233,11 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     ]
     if biased:
         at_row, at_token, biases = zip(*biased, strict=True)
-        logits[list(at_row), list(at_token)] += torch.tensor(biases, device=logits.device)
+        logits[_index(logits, at_row), _index(logits, at_token)] += _column(logits, biases).squeeze(1)
     masked = [(i, token) for i, row in enumerate(rows) for token in row.masked_ids if token < logits.shape[1]]
     if masked:
         at_row, at_token = zip(*masked, strict=True)
-        logits[list(at_row), list(at_token)] = -torch.inf
+        logits[_index(logits, at_row), _index(logits, at_token)] = -torch.inf
 
 
 def _penalise_repetition(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
@@ -245,7 +248,7 @@ def _penalise_repetition(logits: torch.Tensor, rows: Sequence[SampleRow]) -> Non
     histories = [_ids(logits, rows[i].prompt_tokens, rows[i].output_tokens) for i in active]
     at_row, at_token = _positions(logits, active, histories)
     penalties = [rows[i].sampling.repetition_penalty for i in active]
-    penalty = torch.tensor(np.repeat(penalties, [len(each) for each in histories])).to(logits)
+    penalty = _column(logits, np.repeat(penalties, [len(each) for each in histories])).squeeze(1)
     seen = logits[at_row, at_token]
     logits[at_row, at_token] = torch.where(seen > 0, seen / penalty, seen * penalty)
 
@@ -261,7 +264,7 @@ def _penalise_output(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     counts.index_put_((at_row, at_token), torch.ones_like(at_row, dtype=counts.dtype), accumulate=True)
     presence = _column(logits, [rows[i].sampling.presence_penalty for i in active])
     frequency = _column(logits, [rows[i].sampling.frequency_penalty for i in active])
-    logits[active] -= counts * frequency + (counts > 0) * presence
+    logits[_index(logits, active)] -= counts * frequency + (counts > 0) * presence
 
 
 def _ids(logits: torch.Tensor, *histories: Sequence[int]) -> _Ids:
@@ -276,22 +279,22 @@ def _positions(
     """Indices (row, token) of every token of every history."""
     at_row = np.repeat(np.asarray(rows, dtype=np.int64), [len(history) for history in histories])
     at_token = np.concatenate(histories)
-    return torch.from_numpy(at_row).to(like.device), torch.from_numpy(at_token).to(like.device)
+    return _index(like, at_row), _index(like, at_token)
 
 
 def _draw(probs: torch.Tensor, sampling: Sequence[RowSampling], draws: Sequence[float]) -> torch.Tensor:
     """One token id a row from `probs` [rows, vocabulary], truncated as each row asks."""
-    u = torch.tensor(draws, dtype=torch.float64, device=probs.device).unsqueeze(1)
+    u = on_device(torch.tensor(draws, dtype=torch.float64), probs.device).unsqueeze(1)
     ordered = [i for i, each in enumerate(sampling) if each.is_truncated]
     plain = [i for i, each in enumerate(sampling) if not each.is_truncated]
     tokens = torch.empty(len(sampling), dtype=torch.int64, device=probs.device)
     if plain:
-        tokens[plain] = _draw_plain(
-            _select(probs, plain), [sampling[i].min_p for i in plain], _select(u, plain)
-        )
+        drawn = _draw_plain(_select(probs, plain), [sampling[i].min_p for i in plain], _select(u, plain))
+        tokens = _replace(tokens, plain, drawn)
     if ordered:
         chosen = [sampling[i] for i in ordered]
-        tokens[ordered] = _draw_ordered(_select(probs, ordered), chosen, _select(u, ordered))
+        drawn = _draw_ordered(_select(probs, ordered), chosen, _select(u, ordered))
+        tokens = _replace(tokens, ordered, drawn)
     return tokens
 
 
@@ -310,13 +313,16 @@ def _draw_ordered(probs: torch.Tensor, sampling: Sequence[RowSampling], u: torch
     if probs.shape[1] <= _CANDIDATES:
         return tokens
     # A top-k within the candidates is settled, and a nucleus if it leaves the last candidate out.
-    reaches_last = kept[:, -1].gt(0).tolist()
+    reaches_last = None if all(each.top_k for each in sampling) else kept[:, -1].gt(0).tolist()
     wide = [
-        i for i, each in enumerate(sampling) if (each.top_k > _CANDIDATES if each.top_k else reaches_last[i])
+        i
+        for i, each in enumerate(sampling)
+        if (each.top_k > _CANDIDATES if each.top_k or reaches_last is None else reaches_last[i])
     ]
     if wide:
         kept, ids = _truncate(_select(probs, wide), [sampling[i] for i in wide], probs.shape[1])
-        tokens[wide] = ids.gather(1, _invert(kept, _select(u, wide)).unsqueeze(1)).squeeze(1)
+        drawn = ids.gather(1, _invert(kept, _select(u, wide)).unsqueeze(1)).squeeze(1)
+        tokens = _replace(tokens, wide, drawn)
     return tokens
 
 
@@ -329,12 +335,10 @@ def _truncate(
     ids = top_ids(probs, min(width, vocabulary))
     ordered = probs.gather(1, ids)
     through = ordered.cumsum(dim=-1, dtype=torch.float64)
-    top_k = torch.tensor(
-        [min(each.top_k or vocabulary, vocabulary) for each in sampling], device=probs.device
-    )
+    top_k = _index(probs, [min(each.top_k or vocabulary, vocabulary) for each in sampling])
     inside = top_k.clamp(max=ids.shape[1]).unsqueeze(1)
     mass = torch.where(top_k < vocabulary, through.gather(1, inside - 1).squeeze(1), 1.0).unsqueeze(1)
-    top_p = torch.tensor([each.top_p for each in sampling], dtype=torch.float64, device=probs.device)
+    top_p = on_device(torch.tensor([each.top_p for each in sampling], dtype=torch.float64), probs.device)
     before = through - ordered
     position = torch.arange(ids.shape[1], device=probs.device)
     keep = (position < inside) & ((before < top_p.unsqueeze(1) * mass) | top_p.eq(1).unsqueeze(1))
@@ -375,18 +379,31 @@ def _chosen_logprobs(
     }
     if not counts:
         return {}
-    results = score(logits[list(counts)], [ids[i] for i in counts], list(counts.values()))
+    results = score(_select(logits, list(counts)), [ids[i] for i in counts], list(counts.values()))
     return dict(zip(counts, results, strict=True))
 
 
 def _select(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """These rows: a copy, or `values` itself where they are all of them."""
-    return values if len(rows) == len(values) else values[list(rows)]
+    return values if len(rows) == len(values) else values[_index(values, rows)]
+
+
+def _replace(values: torch.Tensor, rows: Sequence[int], new: torch.Tensor) -> torch.Tensor:
+    """`values` with these rows replaced: in place, or by `new` itself where they are all of them."""
+    if len(rows) == len(values):
+        return new
+    values[_index(values, rows)] = new
+    return values
+
+
+def _index(like: torch.Tensor, numbers: Sequence[int] | _Ids) -> torch.Tensor:
+    """[n] int64 on the device of `like`."""
+    return on_device(torch.from_numpy(np.asarray(numbers, dtype=np.int64)), like.device)
 
 
 def _column(like: torch.Tensor, values: Iterable[float]) -> torch.Tensor:
     """[rows, 1] in the dtype and on the device of `like`."""
-    return torch.tensor(list(values), dtype=like.dtype, device=like.device).unsqueeze(1)
+    return on_device(torch.tensor(list(values), dtype=like.dtype), like.device).unsqueeze(1)
 
 
 def _require(condition: bool, message: str) -> None:

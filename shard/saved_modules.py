@@ -19,7 +19,7 @@ class ModuleSite:
 
     def __init__(self, module: nn.Module, axis: int, cell: RoutingCell) -> None:
         """`axis`: of its input and output, the one along which the step's rows lie."""
-        self._module = module
+        self.module = module
         self._axis = axis
         self._cell = cell
         self._parameters: dict[int, Mapping[str, torch.Tensor]] = {}
@@ -33,10 +33,15 @@ class ModuleSite:
         """Forget a slot, if it is known."""
         self._parameters.pop(slot, None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no adapter of this step brings parameters."""
+        return not self._parameters or self._parameters.keys().isdisjoint(self._cell.routing.slots)
+
     def output(self, x: torch.Tensor) -> torch.Tensor:
         """What the module makes of x, in its shape."""
-        y: torch.Tensor = self._module.forward(x)
-        if self._parameters and self._cell.routing.groups:
+        y: torch.Tensor = self.module.forward(x)
+        if not self.is_idle:
             self._replace_rows(y, x)
         return y
 
@@ -46,7 +51,7 @@ class ModuleSite:
             for slot, _ in group.entries:
                 if slot in self._parameters:
                     rows = (*before, group.rows)
-                    y[rows] = functional_call(self._module, dict(self._parameters[slot]), (x[rows],))
+                    y[rows] = functional_call(self.module, dict(self._parameters[slot]), (x[rows],))
 
 
 class SiteModule(nn.Module):
@@ -54,12 +59,12 @@ class SiteModule(nn.Module):
 
     def __init__(self, site: ModuleSite, module: nn.Module) -> None:
         super().__init__()
-        self._site = site
+        self.site = site
         for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._site.output(x)
+        return self.site.output(x)
 
 
 def add_module_sites(model: nn.Module, trace: Trace, context: SiteContext, sites: ModelSites) -> None:
@@ -76,7 +81,8 @@ def add_module_sites(model: nn.Module, trace: Trace, context: SiteContext, sites
         site = ModuleSite(module, axis, cell)
         own = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
         sites.modules.append(ModuleTarget(call.name, sites.add(site), own))
-        sites.parameters |= {f"{call.name}.{name}": value for name, value in module.named_parameters()}
+        for name, value in module.named_parameters():
+            sites.keep(f"{call.name}.{name}", value, context)
         replace_module(model, call.name, SiteModule(site, module))
 
 

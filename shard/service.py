@@ -15,10 +15,10 @@ from grpc_status import rpc_status
 
 from ..proto import shard_pb2 as pb
 from ..proto import shard_pb2_grpc
+from .adapters.loading import AdapterLoading
 from .adapters.manifest import AdapterManifest, AdapterRequest, Source
 from .adapters.merging.recipe import MergePart, MergeRequest, merge_recipe
 from .adapters.own_tokenizer import OwnTokenizer
-from .adapters.pool import AdapterPool
 from .adapters.progress import repeated
 from .adapters.store import AdapterStore
 from .device import DeviceThread
@@ -52,19 +52,21 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         *,
         info: pb.InfoReply,
         tokenizer: pb.TokenizerReply,
-        thread: DeviceThread,
         sequencer: Sequencer,
         store: AdapterStore,
-        pool: AdapterPool,
+        loading: AdapterLoading,
         on_fatal: Callable[[str], None],
     ) -> None:
         self._info = info
         self._tokenizer = tokenizer
-        self._thread = thread
         self._sequencer = sequencer
         self._store = store
-        self._pool = pool
+        self._loading = loading
         self._on_fatal = on_fatal
+        self._streams = 0
+        self.left = asyncio.Event()
+        """Set while no router has a decode stream open."""
+        self.left.set()
 
     async def Info(self, request: pb.InfoRequest, context: Context) -> pb.InfoReply:
         return self._info
@@ -106,17 +108,17 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         began = time.monotonic()
         try:
             packed = await self._store.host_weights(request.digest)
-            size = await self._thread.submit(lambda: self._pool.load(request.slot, request.digest, packed))
+            await self._loading.load(request.slot, request.digest, packed)
         except ShardError as error:
             await abort(context, error)
         elapsed = int((time.monotonic() - began) * 1000)
-        return pb.LoadAdapterReply(bytes=size, modules=packed.modules, milliseconds=elapsed)
+        return pb.LoadAdapterReply(bytes=packed.nbytes, modules=packed.modules, milliseconds=elapsed)
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterReply:
         try:
-            freed = await self._thread.submit(lambda: self._pool.unload(request.slot))
+            freed = await self._loading.unload(request.slot)
         except ShardError as error:
             await abort(context, error)
         return pb.UnloadAdapterReply(bytes=freed)
@@ -132,6 +134,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self, request_iterator: AsyncIterator[pb.StepPlan], context: Context
     ) -> AsyncIterator[pb.StepResult]:
         answers: asyncio.Queue[asyncio.Future[pb.StepResult] | None] = asyncio.Queue()
+        self._streams += 1
+        self.left.clear()
         reader = asyncio.create_task(self._read_plans(request_iterator, answers))
         try:
             while (answer := await answers.get()) is not None:
@@ -142,6 +146,9 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             await abort(context, error)
         finally:
             reader.cancel()
+            self._streams -= 1
+            if self._streams == 0:
+                self.left.set()
 
     async def _read_plans(
         self,
@@ -156,7 +163,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 if plan.farewell:
                     orderly = True
                     self._sequencer.end_epoch()
-                    await self._thread.submit(self._pool.clear)
+                    await self._loading.clear()
                     return
                 answers.put_nowait(self._sequencer.submit(plan))
         except ShardError as error:

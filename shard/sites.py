@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from ..kernels.ops import LoraOps, Routing
+from ..kernels.ops import LoraOps, Placed, Routing
+from .adapters.base_tensors import ReadTensor
 from .adapters.changes import AnyTarget
 from .adapters.layout import EmbeddingTarget, ExpertsTarget, ModuleTarget, Target
 from .adapters.pool import Site
+from .parallel.split import WHOLE, Split
 from .trace import Trace
 
+NOTHING = Routing((), ())
 
-@dataclass(slots=True)
+
 class RoutingCell:
     """The routing of the rows that a set of sites sees in this step; set before each forward pass."""
 
-    routing: Routing
+    def __init__(self, ops: LoraOps, routing: Routing = NOTHING) -> None:
+        self._ops = ops
+        self.begin(routing)
+
+    def begin(self, routing: Routing) -> None:
+        """Serve rows of this routing until the next call."""
+        self.routing = routing
+        self.placed: Placed | None = self._ops.place(routing) if routing.groups else None
+        """The routing as the operators read it; None where no row has an adapter."""
+
+    def begin_placed(self, placed: Placed | None) -> None:
+        """Serve rows whose adapters only the operators know: those of a captured step."""
+        self.routing = NOTHING
+        self.placed = placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +48,10 @@ class SiteContext:
     """For sites that see every token of a step."""
     logits: RoutingCell
     """For sites that see only the tokens whose logits are wanted."""
+    split: Split = WHOLE
+    """What this rank has of the model."""
+    read_whole: Callable[[str], torch.Tensor] | None = None
+    """Reads a parameter of which this rank has a part; None where it has the whole model."""
 
 
 @dataclass(slots=True)
@@ -44,13 +65,19 @@ class ModelSites:
     embeddings: list[EmbeddingTarget] = field(default_factory=list)
     modules: list[ModuleTarget] = field(default_factory=list)
     experts: list[ExpertsTarget] = field(default_factory=list)
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameters: dict[str, ReadTensor] = field(default_factory=dict)
     """The base's weights at these sites by path, as `BaseWeights.read` describes them."""
 
     def add(self, site: Site) -> int:
         """Take a site; answers its number."""
         self.sites.append(site)
         return len(self.sites) - 1
+
+    def keep(self, path: str, value: torch.Tensor, context: SiteContext) -> None:
+        """Add one of the base's weights that is stored as it is meant."""
+        read = context.read_whole
+        is_part = path in context.split.parameters and read is not None
+        self.parameters[path] = partial(read, path) if is_part and read else lambda: value
 
     @property
     def names(self) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from . import tiny
+from .fakes.certificates import Authority, Identity
 
 
 def pytest_report_header() -> str:
@@ -27,3 +28,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return directory
 
     return build
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def identity(authority: Authority) -> Identity:
+    """A certificate for this machine by address."""
+    return authority.issue("DNS:localhost,IP:127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    """The same certificate, but of another authority."""
+    return Authority(tmp_path_factory.mktemp("stranger")).issue("DNS:localhost,IP:127.0.0.1")

@@ -20,6 +20,7 @@ from .changes import (
     Placed,
     Rows,
 )
+from .cut import cut, height_with
 from .floats import STORED, Float32, Stored, all_finite, store
 from .layout import EmbeddingTarget, Target
 from .packed import (
@@ -86,16 +87,20 @@ class _Assembler:
                 return PackedModule(site, {key: self._write(name, value) for key, value in module.items()})
             case ExpertsChange():
                 experts = _union(name, [change.parameters for change in cast(list[ExpertsChange], first)])
-                return self._experts(site, name, experts)
+                held = cast(ExpertsChange, cut(ExpertsChange(experts), target))
+                return self._experts(site, name, held.parameters)
 
     def _linears(self, site: int, linears: Sequence[tuple[Target, LinearChange]]) -> PackedLinears:
-        a = self._stacked_a(linears)
+        """`linears`: as a whole, in the order of their columns."""
+        held = [(target, cast(LinearChange, cut(change, target))) for target, change in linears]
+        a = self._stacked_a(held)
         parts, rows, rank_offset = [], [], 0
-        for target, change in linears:
+        for (target, change), (_, whole) in zip(held, linears, strict=True):
             assert (change.a is None) == (change.b is None)
             rank = 0 if change.a is None else len(change.a)
-            if change.rows is not None:
-                rows.append(self._rows(target.name, change.rows, target.out_offset))
+            if change.rows is not None and whole.rows is not None:
+                height = height_with(whole.rows, target.out_features)
+                rows.append(self._rows(target.name, change.rows, target.held_offset, height))
             if rank or change.scale is not None or change.shift is not None:
                 parts.append(self._part(target, change, rank_offset))
             rank_offset += rank
@@ -104,13 +109,13 @@ class _Assembler:
             len(linears),
             a if parts else None,
             tuple(parts),
-            self._input_scale(linears),
+            self._input_scale(held),
             tuple(rows),
         )
 
     def _stacked_a(self, linears: Sequence[tuple[Target, LinearChange]]) -> PackedArray:
         rank = sum(len(change.a) for _, change in linears if change.a is not None)
-        a = np.empty((rank, linears[0][0].in_features), STORED[self._dtype])
+        a = np.empty((rank, linears[0][0].held_inputs), STORED[self._dtype])
         offset = 0
         for target, change in linears:
             if change.a is not None:
@@ -119,10 +124,10 @@ class _Assembler:
         return self._writer.append(a, self._dtype)
 
     def _part(self, target: Target, change: LinearChange, rank_offset: int) -> PackedPart:
-        b = np.zeros((target.out_features, 0), np.float32) if change.b is None else change.b
+        b = np.zeros((target.held_outputs, 0), np.float32) if change.b is None else change.b
         return PackedPart(
             rank_offset,
-            target.out_offset,
+            target.held_offset,
             self._write(target.name, b.T),
             self._vector(target.name, change.scale),
             self._vector(target.name, change.shift),
@@ -137,15 +142,18 @@ class _Assembler:
                 )
         return self._vector(first.name, change.input_scale)
 
-    def _embedding(self, target: EmbeddingTarget, change: EmbeddingChange) -> PackedEmbedding:
+    def _embedding(self, target: EmbeddingTarget, whole: EmbeddingChange) -> PackedEmbedding:
+        change = cast(EmbeddingChange, cut(whole, target))
         a = b = None
         assert (change.a is None) == (change.b is None)
         if change.a is not None and change.b is not None:
             a, b = self._write(target.name, change.a), self._write(target.name, change.b.T)
         elif change.scale is not None:
-            a = self._write(target.name, np.empty((target.vocab_size, 0), np.float32))
+            a = self._write(target.name, np.empty((target.held_tokens, 0), np.float32))
             b = self._write(target.name, np.empty((0, target.hidden_size), np.float32))
-        rows = None if change.rows is None else self._rows(target.name, change.rows, 0)
+        rows = None
+        if change.rows is not None and whole.rows is not None:
+            rows = self._rows(target.name, change.rows, 0, height_with(whole.rows, target.vocab_size))
         return PackedEmbedding(target.site, a, b, self._vector(target.name, change.scale), rows)
 
     def _experts(self, site: int, name: str, loras: Mapping[str, ExpertLora]) -> PackedExperts:
@@ -155,10 +163,10 @@ class _Assembler:
         }
         return PackedExperts(site, parameters)
 
-    def _rows(self, name: str, rows: Rows, out_offset: int) -> PackedRows:
+    def _rows(self, name: str, rows: Rows, out_offset: int, height: int) -> PackedRows:
         ids = None if rows.ids is None else self._writer.append(rows.ids, "int64")
         bias = None if rows.bias is None else self._write(name, rows.bias)
-        return PackedRows(out_offset, ids, self._write(name, rows.weight), bias)
+        return PackedRows(out_offset, ids, self._write(name, rows.weight), bias, height)
 
     def _vector(self, name: str, values: Float32 | None) -> PackedArray | None:
         if values is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .share import Share
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -28,6 +30,26 @@ class Target:
     """Its output is the logits: an adapter may make it wider."""
     tied_to: str = ""
     """The embedding whose weight this one shares, where it does."""
+    share: Share | None = None
+    """What this rank holds of it, where several ranks hold the model; everything else says what it is as a
+    whole."""
+
+    @property
+    def held_inputs(self) -> int:
+        """Of its inputs, how many this rank has."""
+        axis = self.share.inputs if self.share else None
+        return self.in_features if axis is None else axis.held
+
+    @property
+    def held_outputs(self) -> int:
+        """Of its outputs, how many this rank has."""
+        axis = self.share.outputs if self.share else None
+        return self.out_features if axis is None else axis.held
+
+    @property
+    def held_offset(self) -> int:
+        """First column of its output in what this rank makes of the site."""
+        return self.share.out_offset if self.share else self.out_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +60,14 @@ class EmbeddingTarget:
     site: int
     vocab_size: int
     hidden_size: int
+    share: Share | None = None
+    """As of a Target; its outputs are token ids."""
+
+    @property
+    def held_tokens(self) -> int:
+        """Of the vocabulary, how many rows this rank has."""
+        axis = self.share.outputs if self.share else None
+        return self.vocab_size if axis is None else axis.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +93,10 @@ class ExpertsParameter:
     halves: tuple[str, ...] = ()
     """Names of the linears whose outputs, equally wide, lie one after the other in this one's. Empty where it
     is a single linear, or where they interleave."""
+    share: Share | None = None
+    """As of a Target."""
+    half_share: Share | None = None
+    """Of each of the halves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class PackedRows(msgspec.Struct, frozen=True):
     ids: PackedArray | None
     weight: PackedArray
     bias: PackedArray | None = None
+    height: int = 0
 
 
 class PackedLinears(msgspec.Struct, frozen=True, tag=True):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
-from ..errors import AdapterMemoryFull, BadPlan, SlotBusy
+from ..errors import AdapterMemoryFull, BadPlan, EpochEnded, SlotBusy
+from .upload import PlacedAdapter
 from .weights import PackedAdapter, SiteWeights
-
-_CPU = torch.device("cpu")
 
 
 class Site(Protocol):
@@ -26,55 +23,71 @@ class Site(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Resident:
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A slot and bytes that are taken."""
+
+    slot: int
     digest: str
-    adapter: PackedAdapter
+    nbytes: int
+    adapter: PackedAdapter | None = None
+    """None while it is on its way."""
 
 
 class AdapterPool:
     """Adapters on the device at their true rank. Called on the device thread only.
 
-    Only `load` and `unload` change what the sites hold.
+    An adapter is loaded in two steps, so that its way to the device, which lies between them, holds up
+    nobody: `reserve` takes its slot and bytes, `commit` puts it into the sites. Only `commit` and `unload`
+    change what the sites hold.
     """
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        *,
-        slots: int,
-        budget: int,
-        device: torch.device = _CPU,
-    ) -> None:
+    def __init__(self, sites: Sequence[Site], *, slots: int, budget: int) -> None:
         """`sites`: the model's, in the order of the layout's numbers, all empty. `budget` in bytes."""
         self._sites = sites
         self._slots = slots
         self._budget = budget
-        self._device = device
-        self._residents: dict[int, _Resident] = {}
+        self._residents: dict[int, Reservation] = {}
         self.used_bytes = 0
 
-    def load(self, slot: int, digest: str, adapter: PackedAdapter) -> int:
-        """Make an adapter resident in an empty slot. Returns its bytes.
+    def reserve(self, slot: int, digest: str, nbytes: int) -> Reservation | None:
+        """Take an empty slot for an adapter of so many bytes. None where it is resident in that slot already.
 
-        On a CPU the pool shares the adapter's buffer. Loading what the slot already holds changes nothing.
-        Raises SlotBusy where another adapter is in the slot, AdapterMemoryFull over the budget.
+        Raises SlotBusy where the slot is taken, AdapterMemoryFull over the budget.
         """
         self._check_slot(slot)
         if (resident := self._residents.get(slot)) is not None:
-            if resident.digest == digest:
-                return resident.adapter.nbytes
+            if resident.digest == digest and resident.adapter is not None:
+                return None
             raise SlotBusy(f"slot {slot} holds adapter {resident.digest}; unload it first")
-        if self.used_bytes + adapter.nbytes > self._budget:
+        if self.used_bytes + nbytes > self._budget:
             raise AdapterMemoryFull(
-                f"adapter {digest} needs {adapter.nbytes} bytes, of {self._budget} only "
+                f"adapter {digest} needs {nbytes} bytes, of {self._budget} only "
                 f"{self._budget - self.used_bytes} are free; unload another or raise --adapter-memory"
             )
-        resident = _Resident(digest, adapter.to(self._device))
-        for site, weights in resident.adapter.site_weights().items():
-            self._sites[site].put(slot, weights)
-        self._residents[slot] = resident
-        self.used_bytes += adapter.nbytes
+        reservation = self._residents[slot] = Reservation(slot, digest, nbytes)
+        self.used_bytes += nbytes
+        return reservation
+
+    def commit(self, reservation: Reservation, adapter: PlacedAdapter) -> None:
+        """Make an adapter resident that now is on the device. Raises EpochEnded where its slot was emptied
+        meanwhile."""
+        if self._residents.get(reservation.slot) is not reservation:
+            raise EpochEnded(f"slot {reservation.slot} was emptied while its adapter was on its way")
+        for site, weights in adapter.weights.items():
+            self._sites[site].put(reservation.slot, weights)
+        reservation.adapter = adapter.packed
+
+    def give_up(self, reservation: Reservation) -> None:
+        """Free what is still only reserved; nothing where it is resident or was freed."""
+        if reservation.adapter is None and self._residents.get(reservation.slot) is reservation:
+            self.unload(reservation.slot)
+
+    def load(self, slot: int, digest: str, adapter: PackedAdapter) -> int:
+        """Reserve and commit an adapter that already is on the device. Returns its bytes."""
+        reservation = self.reserve(slot, digest, adapter.nbytes)
+        if reservation is not None:
+            self.commit(reservation, PlacedAdapter.of(adapter))
         return adapter.nbytes
 
     def unload(self, slot: int) -> int:
@@ -85,8 +98,8 @@ class AdapterPool:
             return 0
         for site in self._sites:
             site.drop(slot)
-        self.used_bytes -= resident.adapter.nbytes
-        return resident.adapter.nbytes
+        self.used_bytes -= resident.nbytes
+        return resident.nbytes
 
     def clear(self) -> None:
         """Empty every slot."""
@@ -94,9 +107,14 @@ class AdapterPool:
             self.unload(slot)
 
     def digest_of(self, slot: int) -> str | None:
-        """The digest of the adapter in a slot, if any."""
+        """The digest of the adapter that is resident in a slot, if any."""
         resident = self._residents.get(slot)
-        return resident.digest if resident is not None else None
+        return None if resident is None or resident.adapter is None else resident.digest
+
+    def are_plain(self, slots: Iterable[int]) -> bool:
+        """Whether the operators alone apply what is in these slots."""
+        adapters = (self._residents[slot].adapter for slot in slots if slot in self._residents)
+        return all(adapter.is_plain for adapter in adapters if adapter is not None)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self._slots:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,8 @@ class ReplacedRows:
     """[n, in]."""
     bias: torch.Tensor | None
     """[n]; None: the base's, and none beyond its last row."""
+    height: int
+    """Rows of the whole weight with these in it, on all ranks together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,30 @@ class PackedAdapter:
         return self.index.modules
 
     def to(self, device: torch.device) -> PackedAdapter:
-        """This adapter on `device`: itself where it already is there, else a copy."""
-        return replace(self, buffer=self.buffer.to(device))
+        """This adapter on `device`: itself where it already is there, else a copy, which may still be on its
+        way in the current stream."""
+        return replace(self, buffer=self.buffer.to(device, non_blocking=True))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the operators alone apply it: low-rank parts, scales, shifts at linears and embedding."""
+        return all(_is_plain(site) for site in self.index.sites)
 
     def site_weights(self) -> dict[int, SiteWeights]:
         """Site to weights, as views into the buffer."""
-        return {site.site: self._weights(site) for site in self.index.sites}
+        views = _Views(self.buffer)
+        return {site.site: views.weights(site) for site in self.index.sites}
 
-    def _weights(self, site: PackedSite) -> SiteWeights:
+
+class _Views:
+    """The tensors in one buffer."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+        self._typed: dict[str, torch.Tensor] = {}
+        """The whole buffer as values of one dtype: where each of an adapter's hundreds of views begins."""
+
+    def weights(self, site: PackedSite) -> SiteWeights:
         match site:
             case PackedLinears():
                 return self._linear(site)
@@ -135,17 +152,33 @@ class PackedAdapter:
         return EmbeddingWeights(lora, self._rows(site.rows) if site.rows is not None else None)
 
     def _rows(self, rows: PackedRows) -> ReplacedRows:
-        return ReplacedRows(
-            rows.out_offset, self._optional(rows.ids), self._view(rows.weight), self._optional(rows.bias)
-        )
+        ids, bias = self._optional(rows.ids), self._optional(rows.bias)
+        return ReplacedRows(rows.out_offset, ids, self._view(rows.weight), bias, rows.height)
 
     def _optional(self, array: PackedArray | None) -> torch.Tensor | None:
         return None if array is None else self._view(array)
 
     def _view(self, array: PackedArray) -> torch.Tensor:
-        dtype: torch.dtype = getattr(torch, array.dtype)
-        end = array.offset + math.prod(array.shape) * dtype.itemsize
-        return self.buffer[array.offset : end].view(dtype).view(array.shape)
+        typed = self._typed.get(array.dtype)
+        if typed is None:
+            dtype: torch.dtype = getattr(torch, array.dtype)
+            whole = len(self._buffer) // dtype.itemsize * dtype.itemsize
+            typed = self._typed[array.dtype] = self._buffer[:whole].view(dtype)
+        strides, step = [], 1
+        for size in reversed(array.shape):
+            strides.append(step)
+            step *= size
+        return typed.as_strided(array.shape, strides[::-1], array.offset // typed.itemsize)
+
+
+def _is_plain(site: PackedSite) -> bool:
+    match site:
+        case PackedLinears():
+            return site.input_scale is None and not site.rows
+        case PackedEmbedding():
+            return site.rows is None
+        case _:
+            return False
 
 
 def read_packed(path: Path, index: PackedIndex, *, pin: bool) -> PackedAdapter:

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from transformers import AttentionInterface
 
+from loraplex.kernels.load import Backend
 from loraplex.proto import shard_pb2 as pb
 from loraplex.shard.adapters.files import FileLimits
 from loraplex.shard.adapters.pack import PackedDirectory, Packer
 from loraplex.shard.adapters.pool import AdapterPool
-from loraplex.shard.adapters.weights import read_packed
+from loraplex.shard.adapters.weights import PackedAdapter, read_packed
 from loraplex.shard.attention import NAME, register
 from loraplex.shard.config import ShardConfig
 from loraplex.shard.engine import StepEngine
+from loraplex.shard.graphs import with_graphs
 from loraplex.shard.load import load_model
 from loraplex.shard.rows import RowTable
 from loraplex.shard.sampling import Sampler
@@ -76,30 +78,39 @@ class Answer:
 class Served:
     """One base with its pool and engine."""
 
-    def __init__(self, directory: Path, spool: Path, *, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        spool: Path,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        backend: Backend | None = None,
+    ) -> None:
         config = ShardConfig(
             model=str(directory),
-            device="cpu",
+            device=device,
             dtype=dtype,
             kv_memory=1 << 22,
             block_size=BLOCK,
             max_rank=MAX_RANK,
             max_adapters=SLOTS,
+            max_num_seqs=SLOTS,
         )
-        loaded = load_model(config)
+        loaded = load_model(config, backend=backend)
         self._attention = AttentionInterface()[NAME]
         self._spool = spool
+        self._device = loaded.device
         self._names = itertools.count()
         self.layout = loaded.layout
         self.base_tensors = loaded.base
         self.vocab_size = loaded.vocab_size
-        self.pool = AdapterPool(loaded.sites, slots=SLOTS, budget=1 << 28, device=loaded.device)
+        self.pool = AdapterPool(loaded.sites, slots=SLOTS, budget=1 << 28)
         self._engine = StepEngine(
-            loaded.model,
+            with_graphs(loaded.model, loaded.graphs, self.pool.are_plain),
             loaded.kv,
             RowTable(SLOTS, 64),
             Sampler(),
-            device=loaded.device,
             slot_is_resident=lambda slot: self.pool.digest_of(slot) is not None,
         )
         self._sequence = itertools.count(1)
@@ -116,11 +127,16 @@ class Served:
         """Packed files that are not loaded yet."""
         return list(self._spool.iterdir())
 
+    def read(self, packed: PackedDirectory, *, pin: bool = False) -> PackedAdapter:
+        """A packed adapter in host memory; its file is gone afterwards."""
+        path = Path(packed.file.path)
+        adapter = read_packed(path, packed.file.index, pin=pin)
+        path.unlink()
+        return adapter
+
     def load(self, slot: int, packed: PackedDirectory) -> None:
         """Make a packed adapter resident; its file is gone afterwards."""
-        path = Path(packed.file.path)
-        self.pool.load(slot, packed.digest, read_packed(path, packed.file.index, pin=False))
-        path.unlink()
+        self.pool.load(slot, packed.digest, self.read(packed).to(self._device))
 
     @contextlib.contextmanager
     def resident(self, packed: Sequence[PackedDirectory], *, first: int = 0) -> Iterator[list[int]]:

@@ -38,6 +38,10 @@ class Refused(Exception):
         super().__init__(f"{self.status}: {self.body}")
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For servers of tiny models beside each other: a thread that waits for work spins, at others' cost."""
+
+
 class Server:
     """A running server and its processes. Talks plain HTTP to it; load tests bring their own client."""
 
@@ -61,7 +65,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=cwd or log.parent,
-                env=dict(os.environ) | {"OMP_NUM_THREADS": "2"} | dict(env or {}),
+                env=dict(os.environ) | ONE_THREAD | dict(env or {}),
                 start_new_session=True,
             )
 
@@ -117,15 +121,23 @@ class Server:
 
     def tree(self) -> list[int]:
         """Process ids of the server and everything below it."""
-        return [self.process.pid, *_descendants(self.process.pid)]
+        return [self.process.pid, *descendants(self.process.pid)]
 
     def find(self, role: str) -> int:
-        """Process id of the router or the shard, by its command line."""
+        """Process id of the router or the first shard, by its command line."""
+        found = self.find_all(role)
+        assert found, f"no {role} process below {self.process.pid}"
+        return found[0]
+
+    def find_all(self, role: str) -> list[int]:
+        """Process ids of every router or shard."""
+        found = []
         for pid in self.tree():
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if role.encode() in words and b"serve" not in words:
-                return pid
-        raise AssertionError(f"no {role} process below {self.process.pid}")
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if role.encode() in words and b"serve" not in words:
+                    found.append(pid)
+        return found
 
     def stop(self, seconds: float = 40.0) -> int:
         """SIGTERM, wait, and answer the exit code; whatever is left is killed and reported."""
@@ -173,9 +185,9 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     children: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children += [int(child) for child in task.read_text().split()]
-    return children + [grandchild for child in children for grandchild in _descendants(child)]
+    return children + [grandchild for child in children for grandchild in descendants(child)]

@@ -16,7 +16,7 @@ import pytest
 from loraplex.demo import ADAPTERS, MODEL_DIR
 from loraplex.demo.tasks import TASKS, Example, render
 
-from .server import Server, serving
+from .server import ONE_THREAD, Server, serving
 from .streams import client
 
 HELD_OUT = 200
@@ -81,7 +81,7 @@ def test_the_demo_ends_with_the_adapters_of_one_step(prompt: str | None, tmp_pat
     done = subprocess.run(
         [sys.executable, "-P", "-m", "loraplex", "demo", *own],
         cwd=tmp_path,
-        env=dict(os.environ) | proxies,
+        env=dict(os.environ) | ONE_THREAD | proxies,
         capture_output=True,
         text=True,
         timeout=120,

@@ -175,7 +175,7 @@ async def test_decode_goes_on_between_the_chunks_of_a_long_prompt(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """A prompt of many chunks is answered while another stream keeps its pace."""
-    arguments = [str(tiny_model("llama")), "--served-model-name", "base", "--max-step-tokens", "32"]
+    arguments = [str(tiny_model("llama")), "--served-model-name", "base", "--max-step-tokens", "16"]
     with serving(arguments, tmp_path / "log") as server:
         short = {"model": "base", "prompt": PROMPT[:4], "max_tokens": 300, "ignore_eos": True}
         long = {"model": "base", "prompt": list(range(250)) + [1] * 150, "max_tokens": 1, "ignore_eos": True}
@@ -188,4 +188,4 @@ async def test_decode_goes_on_between_the_chunks_of_a_long_prompt(
             stream = await task
         assert answer.done
         between = [moment for moment in stream.arrivals if began < moment < ended]
-        assert len(between) >= 8, "the long prompt takes more than twelve steps"
+        assert len(between) >= 8, "the long prompt takes more than twenty-four steps"

@@ -20,6 +20,9 @@ from .server import Server, serving
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2"]
 TOKENS = 12
 """Output tokens that are compared. The server is asked for more, so that all rows run together."""
+ROUNDS = 10
+"""At most so many times are all cases asked at once until one step held every adapter: on a busy machine the
+last request may arrive when the first has ended."""
 BASE = "base"
 
 SOME = {
@@ -166,11 +169,14 @@ def worst_difference(server: Server, cases: list[Case]) -> float:
 @pytest.mark.parametrize("world", ARCHITECTURES, indirect=True)
 def test_a_mixed_batch_equals_peft_row_by_row(world: World) -> None:
     answers(world.server, world.cases)  # from here on every adapter is resident
-    for case, (logprobs, tokens) in zip(world.cases, answers(world.server, world.cases), strict=True):
-        torch.testing.assert_close(
-            logprobs, case.logprobs, rtol=0, atol=1e-4, msg=lambda m, c=case: f"{c.model}: {m}"
-        )  # type: ignore[misc]
-        assert tokens == case.output, case.model
+    for _ in range(ROUNDS):
+        for case, (logprobs, tokens) in zip(world.cases, answers(world.server, world.cases), strict=True):
+            torch.testing.assert_close(
+                logprobs, case.logprobs, rtol=0, atol=1e-4, msg=lambda m, c=case: f"{c.model}: {m}"
+            )  # type: ignore[misc]
+            assert tokens == case.output, case.model
+        if world.server.metrics()["loraplex_step_adapters_max"] == len(world.adapters):
+            break
     metrics = world.server.metrics()
     assert metrics["loraplex_step_adapters_max"] == len(world.adapters)
     assert metrics["loraplex_step_rows_max"] > len(world.adapters)

@@ -89,7 +89,7 @@ def test_parts_started_by_hand_and_another_router_behind_the_first(
         "--max-adapters",
         "1",
     ]
-    front = ["router", "--served-model-name", "base", "--shard", f"127.0.0.1:{shard_port}"]
+    front = ["router", "--served-model-name", "base", "--group", f"127.0.0.1:{shard_port}"]
     front += ["--port", str(port), "--grpc-port", str(free_port())]
     front += [f"--adapter={name}={path}" for name, path in two_adapters.items()]
     with (tmp_path / "log").open("wb") as log:

@@ -8,8 +8,9 @@ wrong prompt length after a preemption all change what comes out.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -270,7 +271,8 @@ def make_info(
 class FakeShards:
     """A `ShardGroup` in memory. Steps take `step_seconds`; while `paused` no step is answered.
 
-    `sources` maps a source's id to its adapter; unknown ids are not found.
+    `sources` maps a source's id to its adapter; unknown ids are not found. Groups of one router share
+    `epochs`.
     """
 
     def __init__(
@@ -279,7 +281,9 @@ class FakeShards:
         *,
         sources: dict[str, FakeAdapter] | None = None,
         step_seconds: float = 0.0,
+        epochs: Iterator[int] | None = None,
     ) -> None:
+        self._epochs = epochs or itertools.count(1)
         self.info = info or make_info()
         self.sources = sources or {}
         self.step_seconds = step_seconds
@@ -299,9 +303,12 @@ class FakeShards:
         """Of the downloads."""
         self.tokenizers_asked: list[str] = []
         self.loads: list[str] = []
+        """Digests, in order."""
         self.unloads = 0
         self.violations: list[str] = []
         self.abandoned: list[str] = []
+        self.released: list[int] = []
+        """Epochs that ended in order."""
         self._on_disk: dict[str, FakeAdapter] = {}
         """By digest, as they were when they were fetched."""
         self._events: GroupEvents | None = None
@@ -329,6 +336,14 @@ class FakeShards:
         self.abandoned.append(reason)
         if self.connected and epoch == self.epoch:
             self.lose()
+
+    def release(self, epoch: int) -> None:
+        self._rule(
+            self.connected and epoch == self.epoch and not self._unanswered, f"release of epoch {epoch}"
+        )
+        self._rule(not self.device.rows, "release amid running rows")
+        self.released.append(epoch)
+        self.connected = False
 
     async def tokenizer(self, adapter_digest: str = "") -> shard_pb2.TokenizerReply:
         self.tokenizers_asked.append(adapter_digest)
@@ -411,7 +426,7 @@ class FakeShards:
     def connect(self) -> None:
         """The group is (back) there, empty, with a new epoch."""
         assert self._events is not None
-        self.epoch += 1
+        self.epoch = next(self._epochs)
         self.connected = True
         self.device = FakeDevice(self.info)
         self._on_disk.clear()
@@ -427,6 +442,11 @@ class FakeShards:
         self._events.group_lost(self.epoch, ShardLost("gone"))
         if self.returns:
             asyncio.get_running_loop().call_soon(self.connect)
+
+    def drain(self) -> None:
+        """The group is about to stop."""
+        assert self._events is not None
+        self._events.group_draining(self.epoch)
 
     def pause(self) -> None:
         self._running.clear()

@@ -12,9 +12,13 @@ import grpc
 import grpc.aio
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
 from grpc_status import rpc_status
 
 from loraplex.proto import shard_pb2, shard_pb2_grpc
+from loraplex.proto.credentials import Credentials
+from loraplex.proto.transport import listen
 
 from .shard import FakeDevice, make_info
 
@@ -38,6 +42,7 @@ class FakeServicer(shard_pb2_grpc.ShardServicer):
     refusal: tuple[grpc.StatusCode, str, str] | None = None
     """Code, ErrorInfo reason and message for the next adapter command."""
     digests: list[str] = field(default_factory=list)
+    farewells: int = 0
 
     def __post_init__(self) -> None:
         self._begin()
@@ -88,6 +93,9 @@ class FakeServicer(shard_pb2_grpc.ShardServicer):
     async def Decode(self, requests: Any, context: Any) -> AsyncIterator[shard_pb2.StepResult]:
         self._begin()
         async for plan in requests:
+            if plan.farewell:
+                self.farewells += 1
+                return
             self.decodes += 1
             yield await self._run(plan)
 
@@ -104,8 +112,9 @@ class FakeServicer(shard_pb2_grpc.ShardServicer):
 class FakeServer:
     """A rank's process: can be stopped at once and started again on the same port."""
 
-    def __init__(self, servicer: FakeServicer) -> None:
+    def __init__(self, servicer: FakeServicer, credentials: Credentials | None = None) -> None:
         self.servicer = servicer
+        self._credentials = credentials
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -115,9 +124,19 @@ class FakeServer:
 
     async def start(self) -> None:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._health = health_aio.HealthServicer()
+        await self.take_work(True)
         shard_pb2_grpc.add_ShardServicer_to_server(self.servicer, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.port = listen(self._server, "127.0.0.1", self.port, self._credentials)
         await self._server.start()
+
+    async def take_work(self, ready: bool) -> None:
+        """Say whether new work is welcome."""
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        await self._health.set("readiness", status)
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -126,8 +145,10 @@ class FakeServer:
 
 
 @asynccontextmanager
-async def fake_server(servicer: FakeServicer | None = None) -> AsyncIterator[FakeServer]:
-    server = FakeServer(servicer or FakeServicer())
+async def fake_server(
+    servicer: FakeServicer | None = None, credentials: Credentials | None = None
+) -> AsyncIterator[FakeServer]:
+    server = FakeServer(servicer or FakeServicer(), credentials)
     await server.start()
     try:
         yield server

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 from loraplex.kernels.ops import LoraPart, LoraWeights
+from loraplex.kernels.side_stream import InOrder
+
+from . import forms
+from .emulation.launcher import PLAIN, SANITIZED, EmulatedLauncher, missing
+from .target import Target
 
 MakeAdapter = Callable[..., LoraWeights]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors are faster without a second thread, most of all beside other tests."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +71,26 @@ def make_adapter() -> MakeAdapter:
         return LoraWeights(a.to(dtype), tuple(parts))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    """Where the tests of CUDA kernels run: on the CPU."""
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    flags = SANITIZED if os.environ.get("SANITIZE") else PLAIN
+    return Target(EmulatedLauncher(flags=flags), torch.device("cpu"), InOrder())
+
+
+@pytest.fixture(params=["torch", *forms.LEVELS])
+def form(request: pytest.FixtureRequest) -> Iterator[forms.Form]:
+    """Each form of the CPU's operators."""
+    with forms.form_named(request.param) as result:
+        yield result
+
+
+@pytest.fixture(params=forms.LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of instructions that the extension has here."""
+    with forms.using(request.param):
+        yield request.param

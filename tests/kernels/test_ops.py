@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.kernels.load import load
+from loraplex.kernels.load import BackendMissing, load
 from loraplex.kernels.ops import EmbeddingLora, Entries, LoraPart, LoraWeights, route
 from loraplex.kernels.reference import reference_embedding, reference_lora
+
+from .forms import LEVELS
 
 entry_lists = st.lists(
     st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1.0, 0.5, -2.0])), max_size=3).map(tuple),
@@ -97,7 +101,19 @@ def test_the_oracle_wants_one_entry_list_a_row() -> None:
         reference_lora(torch.zeros(2, 3), torch.zeros(2, 3), [()], {})
 
 
-def test_load_gives_the_cpu_backend_and_refuses_others_by_name() -> None:
-    assert type(load("cpu")).__name__ == "CpuLoraOps"
-    with pytest.raises(ValueError, match="'tpu:0'"):
-        load("tpu:0")
+def test_load_gives_the_extension_on_a_cpu_and_refuses_others_by_name() -> None:
+    backend = load(torch.device("cpu"))
+    assert type(backend.lora).__name__ == ("NativeLoraOps" if LEVELS else "CpuLoraOps")
+    assert (backend.decoder is not None) == bool(LEVELS)
+    with pytest.raises(BackendMissing, match="meta"):
+        load(torch.device("meta"))
+
+
+def test_torch_alone_serves_where_the_extension_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("native_lora", "native_decoder"):
+        monkeypatch.delitem(sys.modules, f"loraplex.kernels.{name}", raising=False)
+    monkeypatch.delattr("loraplex.kernels._native", raising=False)
+    monkeypatch.setitem(sys.modules, "loraplex.kernels._native", None)
+    backend = load(torch.device("cpu"))
+    assert type(backend.lora).__name__ == "CpuLoraOps"
+    assert backend.decoder is None

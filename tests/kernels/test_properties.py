@@ -87,7 +87,7 @@ def test_any_adapters_at_any_site(
     y = torch.randn(len(rows), sum(widths)).to(dtype)
     x = torch.randn(len(rows), in_features).to(dtype)
     want = reference_lora(y, x, rows, table)
-    CpuLoraOps().add_lora(y, x, route(rows), table)
+    CpuLoraOps().start_lora(x, route(rows), table).add_to(y)
     assert_equals(y, want)
 
 

@@ -13,12 +13,13 @@ import pytest
 
 import loraplex
 from loraplex import cli
-from loraplex.launch import LaunchFailed
+from loraplex.keeper import LaunchFailed
 from loraplex.router.config import AdapterSpec, RouterConfig
 from loraplex.settings import to_flags
 from loraplex.shard.config import ShardConfig
 
 Served = list[tuple[ShardConfig, RouterConfig]]
+DEGREES: list[dict[str, int]] = []
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,11 @@ def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     """What `loraplex serve` would start."""
     calls: Served = []
+    DEGREES.clear()
 
-    def serve(shard: ShardConfig, router: RouterConfig) -> int:
+    def serve(shard: ShardConfig, router: RouterConfig, **degrees: int) -> int:
         calls.append((shard, router))
+        DEGREES.append(degrees)
         return 0
 
     monkeypatch.setattr(cli, "serve", serve)
@@ -77,7 +80,7 @@ def test_serve_takes_everything_from_flags(served: Served, tmp_path: Path) -> No
     keys = tmp_path / "keys"
     keys.write_text("secret tenant\n")
     flags = f"""serve org/m --served-model-name m --device cpu --dtype bfloat16 --host 0.0.0.0 --port 1
-        --grpc-port 2 --tp 1 --replicas 1 --adapter a=x --adapter b=y --adapter-root {tmp_path}
+        --grpc-port 2 --tp 2 --replicas 3 --adapter a=x --adapter b=y --adapter-root {tmp_path}
         --adapter-memory 1MiB --host-adapter-memory 2MiB --max-adapters 3 --kv-memory 4MiB --max-model-len 5
         --max-rank 6 --api-key-file {keys} --drain-timeout 7.5 --max-num-seqs 8 --max-queued-requests 9
         --max-queued-tokens 10 --revision main --allow-source hub:my-org/* --allow-source hub:other/*"""
@@ -96,10 +99,11 @@ def test_serve_takes_everything_from_flags(served: Served, tmp_path: Path) -> No
         max_model_len=5,
         max_num_seqs=8,
         max_rank=6,
+        drain_timeout=7.5,
     )
     assert router == RouterConfig(
         served_model_name="m",
-        ranks=router.ranks,
+        groups=router.groups,
         host="0.0.0.0",
         port=1,
         grpc_port=2,
@@ -111,6 +115,7 @@ def test_serve_takes_everything_from_flags(served: Served, tmp_path: Path) -> No
         max_queued_requests=9,
         max_queued_tokens=10,
     )
+    assert DEGREES == [{"tp": 2, "replicas": 3}]
 
 
 def test_the_base_is_named_as_typed(served: Served) -> None:
@@ -141,11 +146,12 @@ def test_an_empty_list_of_sources_stays_empty(
     ("name", "config"),
     [
         ("shard", ShardConfig(model="-odd name", dtype="bfloat16", kv_memory=5, threads=2)),
+        ("shard", ShardConfig(model="m", host="0.0.0.0", plaintext=True, store_prefix="a/b")),
         (
             "router",
             RouterConfig(
                 served_model_name="m",
-                ranks=("a:1", "b:2"),
+                groups=(("localhost:1", "127.0.0.1:2"), ("[::1]:3",)),
                 adapters=(AdapterSpec("x", "--y=z"),),
                 adapter_roots=("/a b",),
                 drain_timeout=0.5,
@@ -173,13 +179,24 @@ def test_the_flags_of_a_child_give_its_configuration_again(
         ),
         ("serve m --adapter sql", "'sql' is not an adapter; write NAME=SOURCE"),
         ("serve m --adapter m=x", "an adapter must not have the base model's name"),
-        ("serve m --tp 2", "--tp 2: only --tp 1 is served so far"),
+        ("serve m --tp 0", "--tp 0: at least one process must hold the model"),
+        ("serve m --replicas 0", "--replicas 0: at least one copy of the model is needed"),
         ("serve m --device tpu", "device must be auto, cpu or cuda"),
         ("serve m --api-key-file /nowhere", "/nowhere cannot be read: No such file or directory"),
         ("serve m --config /nowhere", "/nowhere cannot be read: No such file or directory"),
         ("serve m --prot 1", "No such option: --prot"),
-        ("router --shard a:1", "Missing option '--served-model-name'."),
-        ("router --served-model-name m", "Missing option '--shard'."),
+        ("router --group a:1", "Missing option '--served-model-name'."),
+        ("router --served-model-name m", "Missing option '--group'."),
+        ("router --served-model-name m --group a:1,", "'a:1,' is not a shard group; write HOST:PORT"),
+        ("router --served-model-name m --group a:1 --group a:1", "a shard address is given twice"),
+        ("router --group a:1 --served-model-name m", "a is not a loopback address: protect the connection"),
+        ("router --group localhost:1 --served-model-name m --connect-timeout 0", "must be above 0"),
+        ("router --group localhost:1 --served-model-name m --tls-name x", "of no use without --tls-cert"),
+        ("shard m --host 0.0.0.0", "with --tls-cert, --tls-key and --tls-ca, or let it go unprotected"),
+        ("shard m --host 0.0.0.0 --plaintext off", "with --plaintext on"),
+        ("shard m --tls-cert /dev/null", "belong together: give all three or none"),
+        ("serve m --tls-cert /dev/null", "belong together: give all three or none"),
+        ("shard m --tls-key /nowhere", "/nowhere cannot be read: No such file or directory"),
         ("shard", "Missing argument 'MODEL'."),
         ("swerve", "No such command 'swerve'."),
     ],
@@ -206,7 +223,7 @@ def test_a_mistake_in_the_environment_is_found_too(
 def test_a_failed_launch_is_one_line_with_its_own_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def serve(shard: ShardConfig, router: RouterConfig) -> int:
+    def serve(shard: ShardConfig, router: RouterConfig, **degrees: int) -> int:
         raise LaunchFailed(7, "the model\nis too round")
 
     monkeypatch.setattr(cli, "serve", serve)
@@ -225,7 +242,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_shows_defaults_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "For keys and values. [default: 512MiB]" in text
+    assert "For adapters resident on the device. [default: 512MiB]" in text
     assert "[default: 8080]" in text
 
 

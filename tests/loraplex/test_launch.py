@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from loraplex.child import child_environment
-from loraplex.launch import LaunchFailed, RestartPolicy, serve
+from loraplex.keeper import LaunchFailed, RestartPolicy
+from loraplex.launch import rank_programs, serve
 from loraplex.router.config import RouterConfig
 from loraplex.shard.config import ShardConfig
 
@@ -25,18 +26,26 @@ PATIENCE = 30.0
 
 
 class Launcher:
-    """A launcher in a process of its own, with a fake shard and a fake router."""
+    """A launcher in a process of its own, with fake shards and a fake router."""
 
-    def __init__(self, folder: Path, shard: tuple[str, ...], router: tuple[str, ...], drain: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[tuple[str, ...]],
+        router: tuple[str, ...],
+        drain: float,
+        replicas: bool,
+    ) -> None:
         self.journal = folder / "journal"
         self.output = folder / "output"
-        shard_port, router_port = free_ports(2)
+        router_port, *shard_ports = free_ports(1 + len(shards))
         plan = {
-            "shard": self._child("shard", shard_port, shard),
+            "shards": [self._child("shard", *each) for each in zip(shard_ports, shards, strict=True)],
             "router": self._child("router", router_port, router),
-            "shard_port": shard_port,
+            "shard_ports": shard_ports,
             "router_port": router_port,
             "drain_timeout": drain,
+            "replicas": replicas,
         }
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
@@ -73,8 +82,15 @@ Launch = Callable[..., Launcher]
 def launch(tmp_path: Path) -> Iterator[Launch]:
     launchers: list[Launcher] = []
 
-    def start(*, shard: tuple[str, ...] = (), router: tuple[str, ...] = (), drain: float = 5.0) -> Launcher:
-        launchers.append(Launcher(tmp_path, shard, router, drain))
+    def start(
+        *,
+        shard: tuple[str, ...] = (),
+        others: Sequence[tuple[str, ...]] = (),
+        router: tuple[str, ...] = (),
+        drain: float = 5.0,
+        replicas: bool = False,
+    ) -> Launcher:
+        launchers.append(Launcher(tmp_path, (shard, *others), router, drain, replicas))
         return launchers[-1]
 
     yield start
@@ -109,7 +125,7 @@ def alive(pid: int) -> bool:
 
 def test_starts_the_shard_then_the_router_and_stops_them_the_other_way_round(launch: Launch) -> None:
     launcher = launch(router=("--drain=0.3",))
-    launcher.wait_for("ready")
+    launcher.wait_for("\nready\n")
     launcher.process.send_signal(signal.SIGTERM)
     assert launcher.wait() == 0
     assert launcher.events() == [
@@ -126,7 +142,7 @@ def test_prefixes_the_lines_of_each_child(launch: Launch) -> None:
 
 def test_a_second_signal_ends_the_children_at_once(launch: Launch) -> None:
     launcher = launch(router=("--drain=60",), drain=60.0)
-    launcher.wait_for("ready")
+    launcher.wait_for("\nready\n")
     launcher.process.send_signal(signal.SIGINT)
     until(lambda: "router term" in launcher.events(), "the router's SIGTERM")
     started = time.monotonic()
@@ -179,7 +195,7 @@ def test_a_dead_router_ends_the_server(launch: Launch) -> None:
 
 def test_a_killed_launcher_leaves_no_child(launch: Launch) -> None:
     launcher = launch()
-    launcher.wait_for("ready")
+    launcher.wait_for("\nready\n")
     assert all(map(alive, launcher.pids()))
     launcher.process.kill()
     launcher.wait()
@@ -207,7 +223,7 @@ def test_a_taken_port_is_refused_before_anything_starts(flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ports = {"port": 0, "grpc_port": 0, flag: port}
-        config = RouterConfig(served_model_name="m", ranks=("127.0.0.1:0",), **ports)
+        config = RouterConfig(served_model_name="m", groups=(("127.0.0.1:0",),), **ports)
         with pytest.raises(
             LaunchFailed, match=rf"port {port}: Address already in use; .*--{flag.replace('_', '-')}"
         ):
@@ -232,3 +248,52 @@ def test_children_of_an_uninstalled_checkout_find_the_package(
     (installed / "METADATA").write_text("Name: loraplex\nVersion: 0.1.0\n")
     assert "PYTHONPATH" not in child_environment()
     assert os.environ.get("PYTHONPATH") is None
+
+
+def test_the_ranks_of_all_groups_share_cores_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    groups = [[9001, 9002], [9003, 9004]]
+    shard = ShardConfig(model="m", device="auto")
+    programs = [rank_programs(shard, groups, index) for index in range(2)]
+    labels = [program.label for group in programs for program in group]
+    assert labels == ["group 0 shard 0", "group 0 shard 1", "group 1 shard 0", "group 1 shard 1"]
+    devices = [program.environment["CUDA_VISIBLE_DEVICES"] for group in programs for program in group]
+    assert devices == ["4", "5", "6", "7"]
+    cores = [
+        [flag for flag in program.argv if flag.startswith("--core=")]
+        for group in programs
+        for program in group
+    ]
+    assert cores == [[f"--core={2 * place}", f"--core={2 * place + 1}"] for place in range(4)]
+    masters = [flag for group in programs for flag in group[0].argv if flag.startswith("--master=")]
+    assert len(set(masters)) == 2
+
+
+def test_replicas_of_one_rank_meet_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    programs = [
+        rank_programs(ShardConfig(model="m", device="cpu"), [[1], [2]], index)[0] for index in range(2)
+    ]
+    assert [program.label for program in programs] == ["group 0 shard 0", "group 1 shard 0"]
+    for index, program in enumerate(programs):
+        assert {"--threads=1", f"--core={index}", f"--port={index + 1}"} <= set(program.argv)
+        assert not any("--master" in flag or "--rank" in flag for flag in program.argv)
+        assert not program.environment
+
+
+def test_a_lone_shard_is_left_as_it_is() -> None:
+    (program,) = rank_programs(ShardConfig(model="m"), [[5]], 0)
+    assert program.label == "shard 0"
+    assert not any(flag.startswith(("--core", "--threads")) for flag in program.argv)
+
+
+def test_a_group_that_keeps_dying_is_not_given_up_while_another_serves(launch: Launch) -> None:
+    launcher = launch(shard=("--deaths=99",), others=[()], replicas=True)
+    launcher.wait_for("ready\n")
+    until(lambda: launcher.text.count("group 0 shard 0 died") >= 4, "four deaths in a row")
+    assert launcher.process.poll() is None
+    assert launcher.events("router") == ["router start"]
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == 0

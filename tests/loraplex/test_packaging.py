@@ -15,14 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("router", "shard", "kernels", "proto")
 PACKAGED = (".py", ".pyi", ".proto", ".cu", ".cuh", ".json", ".safetensors", ".jinja", ".typed")
 
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the files in a wheel built from a copy of the checkout."""
+    """Names of the files in a wheel built from a copy of the checkout, on a machine without a compiler."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
     ignore = shutil.ignore_patterns(
-        ".git", ".venv*", "__pycache__", "*.egg-info", "build", "dist", ".*_cache"
+        ".git", ".venv*", "__pycache__", "*.egg-info", "build", "dist", ".*_cache", "*.so"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     built = subprocess.run(
@@ -30,6 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
             *("--wheel-dir", str(folder), str(copy)),
         ],
+        env=os.environ | NO_COMPILER,
         capture_output=True,
         text=True,
         check=False,
@@ -51,6 +54,7 @@ def test_the_wheel_holds_the_front_door_and_the_bundled_model(wheel: set[str]) -
     front = [
         *(ROOT / "loraplex").glob("*.py"),
         *(ROOT / "loraplex/adapter_tools").glob("*.py"),
+        *(ROOT / "loraplex/loadtest").glob("*.py"),
         ROOT / "loraplex/py.typed",
     ]
     demo = [
@@ -70,11 +74,24 @@ def test_the_wheel_holds_nothing_else(wheel: set[str]) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"loraplex"}
 
 
+def test_an_install_without_a_compiler_lacks_the_extension_alone(wheel: set[str]) -> None:
+    assert not [name for name in wheel if name.endswith((".so", ".pyd"))]
+
+
+def test_the_extension_is_rebuilt_after_any_of_its_sources() -> None:
+    import tomllib
+
+    [extension] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels/native").iterdir()}
+    assert {*extension["sources"], *extension["depends"]} == sources | {"kernels/lora_tables.cuh"}
+    assert extension["optional"]
+
+
 def test_every_package_is_declared() -> None:
     import tomllib
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"loraplex", "loraplex.adapter_tools", "loraplex.demo"}
+    found = {"loraplex", "loraplex.adapter_tools", "loraplex.demo", "loraplex.loadtest"}
     for room in ROOMS:
         for init in (ROOT / room).rglob("__init__.py"):
             found.add(".".join(("loraplex", *init.parent.relative_to(ROOT).parts)))

@@ -114,7 +114,7 @@ def test_other_switches_are_refused(typed: object) -> None:
 
 
 def router_config(**given: object) -> RouterConfig:
-    return RouterConfig(served_model_name="m", ranks=("x:1",), **given)  # type: ignore[arg-type]
+    return RouterConfig(served_model_name="m", groups=(("localhost:1",),), **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("settings", "config"), [(ROUTER, RouterConfig), (SHARD, ShardConfig)])
@@ -134,6 +134,7 @@ def test_serve_takes_the_documented_flags() -> None:
         *("--kv-memory", "--max-model-len", "--max-num-seqs"),
         *("--max-queued-requests", "--max-queued-tokens", "--api-key-file", "--drain-timeout"),
         *("--max-step-tokens", "--adapter-patience", "--threads"),
+        *("--tls-cert", "--tls-key", "--tls-ca", "--tls-name"),
     }
     assert {setting.flag for setting in SERVE if not setting.positional} == documented
 
@@ -185,8 +186,8 @@ def test_serve_splits_into_two_configurations() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tp": 2}, "--tp 2: only --tp 1 is served so far"),
-        ({"replicas": 0}, "--replicas 0: only --replicas 1 is served so far"),
+        ({"tp": 0}, "--tp 0: at least one process must hold the model"),
+        ({"replicas": 0}, "--replicas 0: at least one copy of the model is needed"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda"),
         ({"port": 65536}, "port must lie between 0 and 65535"),
         ({"adapters": [AdapterSpec("a", "b"), AdapterSpec("a", "c")]}, "an adapter name is given twice"),

@@ -1,8 +1,9 @@
-"""An engine on a fake shard, with helpers to ask it and to look at what is left."""
+"""An engine on fake shard groups, with helpers to ask it and to look at what is left."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,13 +29,14 @@ from ..fakes.shard import FakeAdapter, FakeShards
 
 
 class Served:
-    """An engine on a fake shard, with helpers to ask it and to look at what is left."""
+    """An engine on fake shard groups; `shards` is the first of them."""
 
-    def __init__(self, shards: FakeShards, config: RouterConfig, patience_lost: float) -> None:
-        self.shards = shards
+    def __init__(self, groups: tuple[FakeShards, ...], config: RouterConfig, patience_lost: float) -> None:
+        self.groups = groups
+        self.shards = groups[0]
         self.metrics = Metrics(CollectorRegistry())
         self.engine = Engine(
-            config, shards, self.metrics, patience_lost=patience_lost, jitter=random.Random(0)
+            config, groups, self.metrics, patience_lost=patience_lost, jitter=random.Random(0)
         )
         self._count = 0
 
@@ -79,6 +81,11 @@ class Served:
         (found,) = [status for status in self.engine.adapters(tenant="") if status.name == name]
         return found
 
+    def group_of(self, name: str) -> FakeShards:
+        """The one group on which an adapter is resident."""
+        (found,) = [s for s in self.groups if FakeAdapter.digest(name) in s.device.slots.values()]
+        return found
+
     async def at_baseline(self) -> None:
         """Wait until nothing is accepted or in flight, then check that nothing is left of it."""
         async with asyncio.timeout(30):
@@ -87,17 +94,14 @@ class Served:
         now = self.metrics.snapshot()
         assert (now.running, now.waiting, now.blocks_used, now.rows_used) == (0, 0, 0, 0)
         assert (now.adapter_references, now.steps_in_flight) == (0, 0)
-        assert not self.shards.device.rows
-        assert not self.shards.violations
+        assert not any(shards.device.rows for shards in self.groups if shards.connected)
+        assert not any(shards.violations for shards in self.groups)
         assert not self.engine._core.bounds._shares
         assert all(adapter.leases == 0 for adapter in self.engine._core.registry)
-        self.group.pool.check()
-
-    @property
-    def group(self):  # type: ignore[no-untyped-def]
-        group = self.engine._core.group
-        assert group is not None
-        return group
+        for group in self.engine._core.fleet:
+            group.pool.check()
+            assert group.load.tokens == 0
+            assert not group.load.by_adapter
 
 
 async def read(request: Request) -> tuple[list[int], FinishReason | None]:
@@ -110,19 +114,27 @@ async def tokens_of(request: Request) -> list[int]:
         return (await read(request))[0]
 
 
+def replicas(count: int, **kwargs: object) -> tuple[FakeShards, ...]:
+    """Fake groups for one router."""
+    epochs = itertools.count(1)
+    return tuple(FakeShards(epochs=epochs, **kwargs) for _ in range(count))  # type: ignore[arg-type]
+
+
 @asynccontextmanager
 async def serving(
-    shards: FakeShards | None = None, *, patience_lost: float = 60.0, **config: object
+    *shards: FakeShards, patience_lost: float = 60.0, **config: object
 ) -> AsyncIterator[Served]:
-    settings = {"served_model_name": "base", "ranks": ("fake:1",), **config}
-    served = Served(shards or FakeShards(), RouterConfig(**settings), patience_lost)  # type: ignore[arg-type]
+    groups = shards or (FakeShards(),)
+    addresses = tuple((f"localhost:{1 + index}",) for index in range(len(groups)))
+    settings = {"served_model_name": "base", "groups": addresses, **config}
+    served = Served(groups, RouterConfig(**settings), patience_lost)  # type: ignore[arg-type]
     served.engine.start()
     await served.engine.wait_ready()
     try:
         yield served
     finally:
         await served.engine.close()
-    assert not served.shards.violations
+    assert not any(shards.violations for shards in groups)
 
 
 def query(*choices: AdapterChoice | str, tenant: str = "", token: str = "") -> AdapterQuery:

@@ -32,7 +32,7 @@ def registry(*specs: AdapterSpec, roots: tuple[str, ...] = ()) -> AdapterRegistr
 def served(known: AdapterRegistry, name: str = "name", *, tenant: str = "", token: str = "") -> Adapter:
     """A name whose first version is on disk."""
     adapter = known.register(name, "org/a", tenant=tenant, token=token)
-    known.fetched(adapter, DISK, 0.0)
+    known.fetched(adapter, 0, DISK, 0.0)
     return adapter
 
 
@@ -66,7 +66,7 @@ def test_a_token_makes_an_adapter_its_tenants_own() -> None:
 def test_another_token_gets_another_try() -> None:
     known = registry()
     adapter = known.resolve("org/a", tenant="one", token="wrong")
-    known.failed(adapter, AdapterFetchFailed("401"), 0.0)
+    known.failed(adapter, 0, AdapterFetchFailed("401"), 0.0)
     known.resolve("org/a", tenant="one", token="wrong")
     assert adapter.state is AdapterState.FAILED
     known.resolve("org/a", tenant="one", token="right")
@@ -117,7 +117,7 @@ def test_a_candidate_with_the_same_bytes_only_changes_what_the_load_said() -> No
     old = served(known)
     new = known.register("name", "org/b", tenant="", scaling=-2.0)
     new.pinned = True
-    known.fetched(new, DISK, 1.0)
+    known.fetched(new, 0, DISK, 1.0)
     assert known.adopt(new, 1.0) is old
     assert (old.scaling, old.pinned, str(old.source), old.key) == (-2.0, True, "hub:org/b", old.key)
     assert known.get(new.key) is None
@@ -139,7 +139,7 @@ def test_only_a_load_replaces_a_name_and_only_for_its_owner() -> None:
 def test_an_operators_source_may_be_loaded_again_though_requests_may_not_name_it(tmp_path: Path) -> None:
     known = registry(AdapterSpec("cli", str(tmp_path)))
     adapter = known.find("cli", "")
-    known.fetched(adapter, DISK, 0.0)
+    known.fetched(adapter, 0, DISK, 0.0)
     again = known.register("cli", str(tmp_path), tenant="")
     assert again.candidate
     assert again.source == adapter.source
@@ -194,7 +194,7 @@ def test_unloading_closes_every_version() -> None:
     known = registry()
     old = served(known)
     current = known.register("name", "org/b", tenant="")
-    known.fetched(current, Manifest(digest="d2"), 0.0)
+    known.fetched(current, 0, Manifest(digest="d2"), 0.0)
     known.promote(current)
     candidate = known.register("name", "org/c", tenant="")
     other = served(known, "other")
@@ -219,11 +219,11 @@ def test_what_was_fetched_stays_known_without_a_group() -> None:
     known = registry()
     adapter = served(known)
     assert (adapter.on_disk, adapter.digest, adapter.bytes) == (True, "d1", 9)
-    assert known.digests_on_disk() == {"d1"}
-    known.reset()
+    assert known.digests_on_disk(0) == {"d1"}
+    known.lost(0)
     assert (adapter.state, adapter.digest) == (AdapterState.ABSENT, "d1")
     assert adapter.prepared
-    assert known.digests_on_disk() == set()
+    assert known.digests_on_disk(0) == set()
 
 
 @pytest.mark.parametrize("ships", ["own_tokenizer", "own_chat_template"])
@@ -231,9 +231,9 @@ def test_what_ships_text_is_prepared_only_on_disk(ships: str) -> None:
     known = registry()
     adapter = known.resolve("org/a", tenant="")
     assert not adapter.prepared
-    known.fetched(adapter, Manifest(digest="d", **{ships: True}), 0.0)
+    known.fetched(adapter, 0, Manifest(digest="d", **{ships: True}), 0.0)
     assert adapter.prepared
-    known.reset()
+    known.lost(0)
     assert not adapter.prepared
 
 
@@ -267,7 +267,7 @@ def test_backoff_doubles_up_to_a_bound_and_keeps_the_error() -> None:
     adapter = known.resolve("org/a", tenant="")
     delays = []
     for _ in range(12):
-        known.failed(adapter, AdapterRejected("tensor x", param="model"), 100.0)
+        known.failed(adapter, 0, AdapterRejected("tensor x", param="model"), 100.0)
         delays.append(adapter.retry_at - 100.0)
     for index, delay in enumerate(delays):
         centre = min(adapters.BACKOFF_MOST, 2.0**index)
@@ -277,7 +277,7 @@ def test_backoff_doubles_up_to_a_bound_and_keeps_the_error() -> None:
     assert error is not adapter.failure
     assert (error.message, error.param) == ("tensor x", "model")
     assert error.retry_after == pytest.approx(delays[-1])
-    known.reset()
+    known.lost(0)
     assert adapter.state is AdapterState.FAILED
 
 

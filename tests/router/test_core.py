@@ -1,4 +1,5 @@
-"""Any order of requests, answers, losses and adapter reports keeps the router's books in order."""
+"""Any order of requests, answers, losses and adapter reports keeps the router's books in order, with one
+shard group or two."""
 
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ from loraplex.router.errors import (
     RouterError,
     ShardLost,
 )
+from loraplex.router.group import Group
 from loraplex.router.messages import (
     Cancelled,
     DiskWaitEnded,
     DiskWished,
     Fetched,
     FetchFailed,
+    GroupDraining,
     GroupLost,
     GroupReady,
     Loaded,
@@ -58,9 +61,9 @@ ADAPTERS = 5
 class HandTasks:
     """Stands for AdapterTasks: commands wait until the test answers them."""
 
-    pending: deque[tuple[str, str, int, str, int]] = field(default_factory=deque)
-    content: Counter[str] = field(default_factory=Counter)
+    content: Counter[str]
     """What a source holds now, by its id."""
+    pending: deque[tuple[str, str, int, str, int]] = field(default_factory=deque)
 
     def fetch(self, key: str, epoch: int, downloads: list[Download]) -> None:
         request = downloads[-1].request
@@ -80,16 +83,33 @@ class HandTasks:
 
 @dataclass
 class HandShards:
-    """Stands for the shard group: plans wait until the test answers them."""
+    """Stands for a shard group: plans wait until the test answers them."""
 
+    info: shard_pb2.InfoReply
+    index: int
+    tasks: HandTasks
     sent: deque[shard_pb2.StepPlan] = field(default_factory=deque)
     abandoned: list[str] = field(default_factory=list)
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.device = FakeDevice(self.info)
 
     def send(self, plan: shard_pb2.StepPlan) -> None:
+        assert plan.epoch == self.epoch
         self.sent.append(plan)
 
     def abandon(self, epoch: int, reason: str) -> None:
         self.abandoned.append(reason)
+
+    def release(self, epoch: int) -> None:
+        assert epoch == self.epoch
+        assert not self.sent
+        assert not self.device.rows
+
+    def restart(self, epoch: int) -> None:
+        self.device, self.epoch = FakeDevice(self.info), epoch
+        self.sent.clear()
 
 
 @dataclass
@@ -124,8 +144,9 @@ class RouterMachine(RuleBasedStateMachine):
         rows=st.integers(1, 6),
         slots=st.integers(2, 4),
         step_tokens=st.sampled_from([4, 8, 32]),
+        groups=st.sampled_from([1, 2, 2]),
     )
-    def begin(self, blocks: int, rows: int, slots: int, step_tokens: int) -> None:
+    def begin(self, blocks: int, rows: int, slots: int, step_tokens: int, groups: int) -> None:
         self.info = make_info(
             blocks=blocks,
             block_size=2,
@@ -134,11 +155,16 @@ class RouterMachine(RuleBasedStateMachine):
             step_tokens=step_tokens,
             adapter_bytes=slots * BYTES,
         )
-        self.tasks, self.shards = HandTasks(), HandShards()
+        self.content: Counter[str] = Counter()
+        self.groups = [HandShards(self.info, i, HandTasks(self.content)) for i in range(groups)]
         self.core = Core(
-            RouterConfig(served_model_name="base", ranks=("x",), adapter_patience=2.0),
-            self.shards,  # type: ignore[arg-type]
-            self.tasks,  # type: ignore[arg-type]
+            RouterConfig(
+                served_model_name="base",
+                groups=tuple((f"localhost:{1 + i}",) for i in range(groups)),
+                adapter_patience=2.0,
+            ),
+            tuple(self.groups),  # type: ignore[arg-type]
+            tuple(group.tasks for group in self.groups),  # type: ignore[arg-type]
             Metrics(CollectorRegistry()),
             patience_lost=1e9,
             jitter=random.Random(0),
@@ -150,18 +176,22 @@ class RouterMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.epoch = 0
         self.asked: list[Asked] = []
-        self._ready()
+        for group in self.groups:
+            self._ready(group)
 
     def _handle(self, message: Any) -> None:
         self.now += 0.01
         self.core.handle(message, self.now)
         self.core.advance(self.now)
 
-    def _ready(self) -> None:
+    def _ready(self, group: HandShards) -> None:
         self.epoch += 1
-        self.device = FakeDevice(self.info)
-        self.shards.sent.clear()
-        self._handle(GroupReady(self.epoch, self.info))
+        group.restart(self.epoch)
+        self._handle(GroupReady(group.index, self.epoch, self.info))
+
+    def _with(self, what: str) -> list[HandShards]:
+        """Groups that have plans to answer ("sent"), or commands to report on ("pending")."""
+        return [g for g in self.groups if (g.sent if what == "sent" else g.tasks.pending)]
 
     @rule(
         length=st.integers(1, 10),
@@ -203,7 +233,7 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, ADAPTERS - 1), changed=st.booleans(), scaling=st.sampled_from([1.0, 1.0, 2.0]))
     def load(self, index: int, changed: bool, scaling: float) -> None:
         name = f"org/a{index}"
-        self.tasks.content[name] += changed
+        self.content[name] += changed
         adapter = self.core.registry.register(name, name, tenant="", scaling=scaling)
         self._handle(LoadWished(adapter, False, self._future()))
 
@@ -242,62 +272,99 @@ class RouterMachine(RuleBasedStateMachine):
         asked.cancelled |= asked.sequence.state is not SequenceState.DONE
         self._handle(Cancelled(asked.sequence.request.id))
 
-    @precondition(lambda self: self.shards.sent)
-    @rule()
-    def answer(self) -> None:
-        self._handle(StepAnswered(self.device.run(self.shards.sent.popleft())))
+    @precondition(lambda self: self._with("sent"))
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        self._answer(data.draw(st.sampled_from(self._with("sent"))))
 
-    @precondition(lambda self: self.tasks.pending)
-    @rule(fails=st.booleans())
-    def report(self, fails: bool) -> None:
-        command, key, epoch, digest, slot = self.tasks.pending.popleft()
+    def _answer(self, group: HandShards) -> None:
+        self._handle(StepAnswered(group.device.run(group.sent.popleft())))
+
+    @precondition(lambda self: self._with("pending"))
+    @rule(data=st.data(), fails=st.booleans())
+    def report(self, data: st.DataObject, fails: bool) -> None:
+        self._report(data.draw(st.sampled_from(self._with("pending"))), fails)
+
+    def _report(self, group: HandShards, fails: bool) -> None:
+        command, key, epoch, digest, slot = group.tasks.pending.popleft()
+        assert epoch == group.epoch
         if command == "fetch" and fails:
             self._handle(FetchFailed(key, epoch, AdapterFetchFailed("no")))
         elif command == "gone":
             self._handle(FetchFailed(key, epoch, AdapterRejected("other bytes")))
         elif command == "fetch":
-            assert self.digests.setdefault(key, digest) == digest
+            self.digests.setdefault(key, digest)
             self._handle(Fetched(key, epoch, Manifest(digest=digest, bytes=BYTES), 0.1))
         elif command == "load":
-            assert slot not in self.device.slots
-            self.device.slots[slot] = digest
+            assert slot not in group.device.slots
+            assert digest == self.digests[key]
+            group.device.slots[slot] = digest
             self._handle(Loaded(key, epoch, shard_pb2.LoadAdapterReply(bytes=BYTES), 0.1))
         else:
-            self._free_slot(slot)
+            self._free_slot(group, slot)
             self._handle(Unloaded(key, epoch))
 
-    def _free_slot(self, slot: int) -> None:
+    def _free_slot(self, group: HandShards, slot: int) -> None:
         """No row that lives, or that a plan in flight starts, may name a slot that is freed."""
-        starts = [row.start for row in self.device.rows.values()]
-        starts += [start for plan in self.shards.sent for start in plan.starts]
+        starts = [row.start for row in group.device.rows.values()]
+        starts += [start for plan in group.sent for start in plan.starts]
         named = {entry.slot for start in starts for span in start.spans for entry in span.entries}
         assert slot not in named
-        del self.device.slots[slot]
+        del group.device.slots[slot]
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 200.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.core.advance(self.now)
 
-    @rule(answered=st.booleans())
-    def lose(self, answered: bool) -> None:
-        self._handle(GroupLost(self.epoch, ShardLost("gone")))
-        late = StepAnswered(shard_pb2.StepResult(epoch=self.epoch, seq=1, last=True))
-        self._ready()
+    @precondition(lambda self: len(self.core.fleet) > 0)
+    @rule(data=st.data(), answered=st.booleans(), returns=st.booleans())
+    def lose(self, data: st.DataObject, answered: bool, returns: bool) -> None:
+        group = self.groups[data.draw(st.sampled_from([group.index for group in self.core.fleet]))]
+        epoch = group.epoch
+        group.sent.clear()
+        self._handle(GroupLost(epoch, ShardLost("gone")))
+        assert not group.tasks.pending
+        if returns:
+            self._ready(group)
         if answered:
-            self._handle(late)
+            self._handle(StepAnswered(shard_pb2.StepResult(epoch=epoch, seq=1, last=True)))
+
+    @precondition(lambda self: len(self.core.fleet) > 0)
+    @rule(data=st.data())
+    def drain(self, data: st.DataObject) -> None:
+        group = self.groups[data.draw(st.sampled_from([group.index for group in self.core.fleet]))]
+        self._handle(GroupDraining(group.epoch))
+
+    @precondition(lambda self: len(self.core.fleet) < len(self.groups))
+    @rule()
+    def come_back(self) -> None:
+        there = {group.index for group in self.core.fleet}
+        for group in self.groups:
+            if group.index not in there:
+                self._ready(group)
 
     @invariant()
     def books_are_in_order(self) -> None:
-        group = self.core.group
-        assert group is not None
-        assert not self.shards.abandoned
+        for group in self.core.fleet:
+            self._check_group(group, self.groups[group.index])
+            assert not (group.draining and group.queues)
+        assert (self.core.lost_at is None) is (len(self.core.fleet) > 0)
+        waiting = [a for a in self.asked if a.sequence.state is SequenceState.WAITING]
+        assert len(waiting) == self.core.fleet.waiting_count
+        assert all(self.core.fleet.waits(asked.sequence) for asked in waiting)
+
+    def _check_group(self, group: Group, shards: HandShards) -> None:
+        assert not shards.abandoned
+        given = [s for s in self.core.live.values() if s.epoch == group.epoch]
+        assert group.load.tokens == sum(s.last_position for s in given)
+        assert set(group.load.by_adapter) == {key for s in given for key in s.keys}
         group.pool.check()
         owned = [block for sequence in group.running for block in sequence.blocks]
         assert len(owned) == len(set(owned)) == group.pool.used_count
         rows = [sequence.row for sequence in group.running]
         assert sorted(rows + group.free_rows) == list(range(group.limits.rows))
-        assert len(group.in_flight) == len(self.shards.sent) <= 2
+        assert len(group.in_flight) == len(shards.sent) <= 2
         held = list(group.residency.entries())
         assert group.residency.free_slots + len(held) == self.info.adapter_slots
         assert group.residency.free_bytes == self.info.adapter_bytes - BYTES * len(held) >= 0
@@ -305,8 +372,7 @@ class RouterMachine(RuleBasedStateMachine):
         for sequence in group.running:
             assert sequence.generated <= sequence.sampled < sequence.max_output
             assert sequence.computed <= min(sequence.last_position, sequence.capacity)
-        waiting = [a for a in self.asked if a.sequence.state is SequenceState.WAITING]
-        assert len(waiting) == len(self.core.queues)
+            assert sequence.epoch == group.epoch
 
     @invariant()
     def streams_are_prefixes(self) -> None:
@@ -325,26 +391,28 @@ class RouterMachine(RuleBasedStateMachine):
 
     def _run_out(self) -> None:
         for _ in range(200 * (1 + len(self.asked))):
-            busy = self.tasks.pending or self.leases or self.core.lifecycle.busy
+            busy = self._with("pending") or self.leases or self.core.lifecycle.busy
             if self.core.quiet and not busy:
                 break
             if self.leases:
                 self.release()
-            if self.tasks.pending:
-                self.report(False)
-            if self.shards.sent:
-                self.answer()
+            if len(self.core.fleet) == 0:
+                self.come_back()
+            for group in self._with("pending"):
+                self._report(group, False)
+            for group in self._with("sent"):
+                self._answer(group)
             self.now += 0.1
             self.core.advance(self.now)
             self.books_are_in_order()
         assert self.core.quiet
         for asked in self.asked:
             self._check_end(asked)
-        group = self.core.group
-        assert group is not None
-        assert group.pool.used_count == 0
-        assert all(entry.references == 0 for entry in group.residency.entries())
-        assert not self.device.rows
+        for group in self.core.fleet:
+            assert group.pool.used_count == 0
+            assert group.load.tokens == 0
+            assert all(entry.references == 0 for entry in group.residency.entries())
+            assert not self.groups[group.index].device.rows
         assert not self.core.bounds._shares
         assert all(future.done() for future in self.futures)
         registry = self.core.registry

@@ -533,7 +533,9 @@ async def test_an_adapter_rejected_at_load_fails_its_requests() -> None:
 
 async def test_model_and_errors_before_the_first_group() -> None:
     engine = Engine(
-        RouterConfig(served_model_name="base", ranks=("fake:1",)), FakeShards(), Metrics(CollectorRegistry())
+        RouterConfig(served_model_name="base", groups=(("localhost:1",),)),
+        (FakeShards(),),
+        Metrics(CollectorRegistry()),
     )
     with pytest.raises(Overloaded):
         _ = engine.model

@@ -83,7 +83,7 @@ class World:
         adapter = self.registry.resolve(f"org/{name}", tenant="")
         key = adapter.key
         if place != "absent":
-            self.registry.fetched(adapter, Manifest(digest=name, bytes=size), 0.0)
+            self.registry.fetched(adapter, 0, Manifest(digest=name, bytes=size), 0.0)
         if place in ("loading", "resident"):
             self.residency.begin_load(key, size)
         if place == "resident":
@@ -231,7 +231,7 @@ def test_nothing_is_fetched_before_its_time() -> None:
     key = world.adapter("a", place="absent")
     adapter = world.registry.get(key)
     assert adapter is not None
-    world.registry.absent(adapter, retry_at=5.0)
+    world.registry.absent(adapter, 0, retry_at=5.0)
     world.waiting(2, key)
     assert plan_adapters(world.state, 4.0).fetches == []
     assert plan_adapters(world.state, 5.0).fetches == [key]
@@ -242,7 +242,7 @@ def test_a_failed_adapter_is_refused_within_its_backoff_and_fetched_after() -> N
     key = world.adapter("a", place="absent")
     adapter = world.registry.get(key)
     assert adapter is not None
-    world.registry.failed(adapter, AdapterFetchFailed("503"), now=0.0)
+    world.registry.failed(adapter, 0, AdapterFetchFailed("503"), now=0.0)
     world.waiting(2, key)
     ((demand, error),) = plan_adapters(world.state, 0.1).rejects
     assert demand.keys == (key,)
@@ -318,7 +318,7 @@ def test_waiting_counts_from_when_the_adapter_is_on_disk() -> None:
     key = world.adapter("wanted", place="absent")
     adapter = world.registry.get(key)
     assert adapter is not None
-    world.registry.fetched(adapter, Manifest(digest="late", bytes=1), 20.0)
+    world.registry.fetched(adapter, 0, Manifest(digest="late", bytes=1), 20.0)
     world.waiting(2, key, arrival=0.0)
     assert plan_adapters(world.state, 22.0).draining == []
     assert plan_adapters(world.state, 24.0).draining == [busy]

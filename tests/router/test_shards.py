@@ -42,6 +42,7 @@ class Heard:
     def __init__(self) -> None:
         self.ready: list[tuple[int, shard_pb2.InfoReply]] = []
         self.results: list[shard_pb2.StepResult] = []
+        self.draining: list[int] = []
         self.lost: list[tuple[int, RouterError]] = []
 
     def group_ready(self, epoch: int, info: shard_pb2.InfoReply) -> None:
@@ -49,6 +50,9 @@ class Heard:
 
     def step_answered(self, result: shard_pb2.StepResult) -> None:
         self.results.append(result)
+
+    def group_draining(self, epoch: int) -> None:
+        self.draining.append(epoch)
 
     def group_lost(self, epoch: int, error: RouterError) -> None:
         self.lost.append((epoch, error))
@@ -174,6 +178,23 @@ async def test_an_abandoned_epoch_is_over() -> None:
         assert [e for e, _ in heard.lost] == [epoch]
 
 
+async def test_a_group_that_is_about_to_stop_says_so_and_is_left_in_order() -> None:
+    async with fake_server() as server, connected(server) as (group, heard):
+        epoch = heard.ready[0][0]
+        await server.take_work(False)
+        await until(lambda: heard.draining == [epoch])
+        group.send(start_plan(epoch))
+        await until(lambda: heard.results)
+        group.release(epoch + 1)
+        group.release(epoch)
+        group.release(epoch)
+        await until(lambda: server.servicer.farewells)
+        await asyncio.sleep(0.3)
+        assert (len(heard.ready), heard.lost) == (1, [])
+        await server.take_work(True)
+        await until(lambda: len(heard.ready) == 2)
+
+
 async def test_a_deadline_follows_from_the_work() -> None:
     deadlines = Deadlines(step=10.0, step_token=0.5)
     plan = decode_plan(1, 1, 0, 1)
@@ -255,8 +276,8 @@ async def test_a_group_that_is_not_there_yet_is_waited_for() -> None:
 async def test_the_engine_over_grpc_survives_a_restart_of_the_shard() -> None:
     async with fake_server() as server:
         engine = Engine(
-            RouterConfig(served_model_name="base", ranks=(server.address,)),
-            GrpcShardGroup((server.address,), QUICK),
+            RouterConfig(served_model_name="base", groups=((server.address,),)),
+            (GrpcShardGroup((server.address,), QUICK),),
             Metrics(CollectorRegistry()),
             jitter=random.Random(0),
         )

@@ -88,7 +88,7 @@ class Shard:
             rows.extend(index, range(block, block + count))
             block += count
             plan.chunks.add(row=index, start=0, tokens=prompt)
-        batch = build_batch(plan, rows, block_size=BLOCK, device=CPU)
+        batch = build_batch(plan, rows, block_size=BLOCK)
         logits = self.special.model.forward(batch)
         return [logits[each.first : each.first + each.count] for each in _in_order(batch.scored)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,23 +16,53 @@ from loraplex.shard.errors import ModelRefused
 from loraplex.shard.kv import KvCache, LayerShape
 from loraplex.shard.rows import Row, RowTable
 
-HEADS, KV_HEADS, DIM, VALUE_DIM, BLOCK = 4, 2, 8, 6, 4
+HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 8, 4
 CPU = torch.device("cpu")
+
+
+def by_torch(kv: KvCache) -> PagedAttention:
+    return PagedAttention(kv)
+
+
+def by_extension(kv: KvCache) -> PagedAttention:
+    pytest.importorskip("loraplex.kernels._native")
+    from loraplex.kernels.native_decoder import NativeDecoderOps
+    from loraplex.shard.attention_native import NativeAttention
+
+    return NativeAttention(kv, NativeDecoderOps())
+
+
+FORMS = {
+    "torch": (by_torch, 6),
+    "extension": (by_extension, 8),
+    "extension, values of another size": (by_extension, 6),
+}
+"""Who attends, and the size of a value."""
+
+
+@pytest.fixture(params=FORMS, autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, value_dim = FORMS[request.param]
+    monkeypatch.setattr(Paged, "make", staticmethod(make), raising=False)
+    monkeypatch.setattr(Paged, "value_dim", value_dim, raising=False)
 
 
 class Paged:
     """Rows whose queries, keys and values are known for every position, run step by step."""
 
+    make: Callable[[KvCache], PagedAttention]
+    value_dim: int
+
     def __init__(self, contexts: dict[int, int], *, shuffled: bool = True) -> None:
         generator = torch.Generator().manual_seed(7)
         self.kv = KvCache(
-            {0: LayerShape(KV_HEADS, DIM, VALUE_DIM)},
+            {0: LayerShape(KV_HEADS, DIM, self.value_dim)},
             blocks=64,
             block_size=BLOCK,
             dtype=torch.float32,
             device=CPU,
         )
-        self.attention = PagedAttention(self.kv)
+        self.attention = self.make(self.kv)
         self.rows = RowTable(16, 63)
         order = torch.randperm(63, generator=generator).add(1).tolist() if shuffled else list(range(1, 64))
         self.q: dict[int, torch.Tensor] = {}
@@ -43,7 +74,7 @@ class Paged:
             self.rows.extend(row_id, [order.pop() for _ in range(-(-length // BLOCK))])
             self.q[row_id] = torch.randn(length, HEADS, DIM, generator=generator)
             self.k[row_id] = torch.randn(length, KV_HEADS, DIM, generator=generator)
-            self.v[row_id] = torch.randn(length, KV_HEADS, VALUE_DIM, generator=generator)
+            self.v[row_id] = torch.randn(length, KV_HEADS, self.value_dim, generator=generator)
 
     def step(self, chunks: dict[int, int], decode: list[int], **options: Any) -> tuple[Batch, torch.Tensor]:
         """Run chunks of these lengths and decode these rows; returns the output [T, heads, value]."""
@@ -52,7 +83,7 @@ class Paged:
             self.rows[row_id].tokens.append(0)
         for row_id, length in chunks.items():
             plan.chunks.add(row=row_id, start=len(self.rows[row_id].tokens), tokens=[0] * length)
-        batch = build_batch(plan, self.rows, block_size=BLOCK, device=CPU)
+        batch = build_batch(plan, self.rows, block_size=BLOCK)
         owner = [(r, int(p)) for r, p in zip(self._owners(plan), batch.positions, strict=True)]
         gather = lambda store: torch.stack([store[r][p] for r, p in owner])  # noqa: E731
         self.attention.begin(batch)

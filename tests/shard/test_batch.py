@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from loraplex.proto import shard_pb2 as pb
+from loraplex.shard import batch as batches
 from loraplex.shard.batch import Batch, build_batch
+from loraplex.shard.device import send
 from loraplex.shard.errors import BadPlan
 from loraplex.shard.rows import Row, RowTable
 
@@ -26,7 +28,7 @@ def start(
 
 
 def build(plan: pb.StepPlan, rows: RowTable) -> Batch:
-    return build_batch(plan, rows, block_size=BLOCK, device=torch.device("cpu"))
+    return build_batch(plan, rows, block_size=BLOCK)
 
 
 def test_decode_rows_come_first_and_lie_beside_rows_of_their_adapter() -> None:
@@ -62,6 +64,41 @@ def test_an_unfinished_prompt_is_not_sampled_and_a_masked_row_takes_no_part() ->
     assert batch.samples == ()
     assert batch.row_count == 1
     assert rows[0].tokens == [1, 2, 3]
+
+
+def test_a_batch_moves_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts arrive in one copy, each in its place."""
+    rows = RowTable(8, 8)
+    decoding = start(rows, 0, 2, [1, 2])
+    decoding.tokens = [5, 6, 7, 8, 9]
+    for row_id in (1, 2):
+        start(rows, row_id, 6, [3 + 2 * row_id, 4 + 2 * row_id])
+    chunks = [pb.PromptChunk(row=row_id, start=0, tokens=range(2 + row_id)) for row_id in (1, 2)]
+    batch = build(pb.StepPlan(decode_rows=[0], chunks=chunks), rows)
+    copies: list[torch.device] = []
+
+    def stay(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        copies.append(device)
+        return send(tensors, torch.device("cpu"))
+
+    monkeypatch.setattr(batches, "send", stay)
+    device = torch.device("cuda")
+    moved = batch.to(device)
+    assert copies == [device]
+    assert moved.decode is not None
+    assert batch.decode is not None
+    for one, other in [
+        *((getattr(batch, name), getattr(moved, name)) for name in ("token_ids", "positions", "kv_slots")),
+        (batch.logit_rows, moved.logit_rows),
+        (batch.decode.block_tables, moved.decode.block_tables),
+        (batch.decode.lengths, moved.decode.lengths),
+        *((one.blocks, other.blocks) for one, other in zip(batch.prompts, moved.prompts, strict=True)),
+    ]:
+        assert one is not other
+        assert torch.equal(one, other)
+    assert [(p.first, p.count, p.start) for p in moved.prompts] == [(1, 3, 0), (4, 4, 0)]
+    assert moved.token_routing is batch.token_routing
+    assert batch.to(torch.device("cpu")) is batch
 
 
 def test_scored_prompts_want_every_logit_once() -> None:

@@ -11,6 +11,8 @@ from loraplex.kernels.cpu import CpuLoraOps
 from loraplex.kernels.ops import EmbeddingLora, Routing, route
 from loraplex.shard.adapters.weights import EmbeddingWeights, ReplacedRows
 from loraplex.shard.embedding import EmbeddingSite, SiteEmbedding, add_embedding_site
+from loraplex.shard.parallel.ranks import Alone
+from loraplex.shard.parallel.vocabulary import VocabularyShare
 from loraplex.shard.sites import ModelSites, RoutingCell, SiteContext
 from loraplex.shard.trace import TOKENS, ModuleCall, Trace
 
@@ -52,7 +54,7 @@ def built(embedding: nn.Embedding, routing: Routing) -> tuple[Model, ModelSites]
     """The model with its embedding's site in place, as far as there is one."""
     model, sites = Model(embedding), ModelSites()
     call = ModuleCall("embed_tokens", 1, (1, TOKENS), (1, TOKENS, HIDDEN), True)
-    cell = RoutingCell(routing)
+    cell = RoutingCell(CpuLoraOps(), routing)
     add_embedding_site(model, Trace([call]), SiteContext(CpuLoraOps(), cell, cell), sites)
     return model, sites
 
@@ -64,11 +66,13 @@ def test_rows_low_rank_and_scale_before_the_models_own_scaling(kind: type[nn.Emb
     model, sites = built(base, route(entries))
     (site,) = sites.sites
     a, b, scale = torch.randn(14, 2), torch.randn(2, HIDDEN), torch.rand(HIDDEN) + 1
-    own = ReplacedRows(0, torch.tensor([3, 13]), torch.randn(2, HIDDEN), None)
-    whole = ReplacedRows(0, None, torch.randn(VOCAB + 1, HIDDEN), None)
+    own = ReplacedRows(0, torch.tensor([3, 13]), torch.randn(2, HIDDEN), None, 14)
+    whole = ReplacedRows(0, None, torch.randn(VOCAB + 1, HIDDEN), None, VOCAB + 1)
     site.put(0, EmbeddingWeights(EmbeddingLora(a, b, scale), own))
     site.put(1, EmbeddingWeights(None, whole))
-    site.put(3, EmbeddingWeights(None, ReplacedRows(0, torch.tensor([2]), torch.randn(1, HIDDEN), None)))
+    site.put(
+        3, EmbeddingWeights(None, ReplacedRows(0, torch.tensor([2]), torch.randn(1, HIDDEN), None, VOCAB))
+    )
     ids = torch.tensor([[3, 7, 13, 12, 7, 7, 7]])
     with torch.no_grad():
         got = model.embed_tokens(ids)[0]
@@ -89,7 +93,7 @@ def test_the_layout_and_the_weight_stay_visible() -> None:
     assert [(e.name, e.site, e.vocab_size, e.hidden_size) for e in sites.embeddings] == [
         ("embed_tokens", 0, VOCAB, HIDDEN)
     ]
-    assert sites.parameters["embed_tokens.weight"] is base.weight
+    assert sites.parameters["embed_tokens.weight"]() is base.weight
 
 
 def test_an_embedding_that_computes_something_else_is_left_alone() -> None:
@@ -106,13 +110,13 @@ def test_without_adapters_the_base_alone_is_asked() -> None:
             self.asked += 1
             return super().forward(ids)
 
-    base, cell = Asked(VOCAB, HIDDEN), RoutingCell(route([((0, 1.0),)]))
-    site = EmbeddingSite(base, None, CpuLoraOps(), cell)
+    base, cell = Asked(VOCAB, HIDDEN), RoutingCell(CpuLoraOps(), route([((0, 1.0),)]))
+    site = EmbeddingSite(base, None, CpuLoraOps(), cell, VocabularyShare(VOCAB, Alone()))
     ids = torch.tensor([[1]])
     assert torch.equal(site.output(ids), base(ids))
     site.put(0, EmbeddingWeights(EmbeddingLora(torch.randn(VOCAB, 1), torch.randn(1, HIDDEN)), None))
     assert not torch.equal(site.output(ids), base(ids))
     site.drop(0)
-    cell.routing = NOTHING
+    cell.begin(NOTHING)
     assert torch.equal(site.output(ids), base(ids))
-    assert base.asked == 5
+    assert base.asked == 4

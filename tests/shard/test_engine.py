@@ -41,7 +41,6 @@ class Driver:
             loaded.kv,
             self.rows,
             Sampler(),
-            device=loaded.device,
             slot_is_resident=lambda slot: slot == 7,
         )
         self.next_block, self.seq = 1, 0

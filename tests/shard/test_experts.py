@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loraplex.kernels.cpu import CpuLoraOps
-from loraplex.kernels.ops import Entries, route
+from loraplex.kernels.ops import Entries, Placed, SiteTable, route
 from loraplex.shard.adapters.weights import ExpertWeights
 from loraplex.shard.config import ShardConfig
 from loraplex.shard.experts import ExpertsSite, GroupNumbers, read_experts
@@ -141,14 +142,14 @@ def step(rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def site_of(module: nn.Module, row_entries: Sequence[Entries], ops: object = None) -> ExpertsSite:
     base = read_experts(module)
     assert base is not None
-    numbers = GroupNumbers(RoutingCell(route(row_entries)))
+    numbers = GroupNumbers(RoutingCell(CpuLoraOps(), route(row_entries)))
     return ExpertsSite(base, CpuLoraOps() if ops is None else ops, numbers)  # type: ignore[arg-type]
 
 
-class NoOps:
+class NoOps(CpuLoraOps):
     """Adapters' work that must not be asked for."""
 
-    def add_lora(self, *args: object) -> None:
+    def start_lora(self, x: torch.Tensor, placed: Placed, table: SiteTable) -> NoReturn:
         raise AssertionError("the operator was called")
 
 
@@ -229,7 +230,7 @@ def test_a_choice_of_no_expert_adds_nothing() -> None:
 
 def test_the_next_step_has_its_own_rows() -> None:
     module, by_slot = build("gated"), adapters("gated")
-    cell = RoutingCell(route([((0, 1.0),), ()]))
+    cell = RoutingCell(CpuLoraOps(), route([((0, 1.0),), ()]))
     base = read_experts(module)
     assert base is not None
     site = ExpertsSite(base, CpuLoraOps(), GroupNumbers(cell))
@@ -238,7 +239,7 @@ def test_the_next_step_has_its_own_rows() -> None:
     adapted = merged(module, ((0, 1.0),), by_slot)
     for row_entries in ([((0, 1.0),), ()], [(), (), ((0, 1.0),)], [()] * 3):
         rows = len(row_entries)
-        cell.routing = route(row_entries)
+        cell.begin(route(row_entries))
         y = site.output(x[:rows], chosen[:rows], weights[:rows])
         for row, entries in enumerate(row_entries):
             one = slice(row, row + 1)

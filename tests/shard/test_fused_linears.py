@@ -145,4 +145,4 @@ def test_what_is_not_known_to_be_the_same_is_left_alone(targets: list[Target], m
     config = SimpleNamespace(
         model_type=model_type, hidden_size=64, num_attention_heads=4, num_key_value_heads=2
     )
-    assert aliases(targets, config) == []
+    assert aliases(targets, config, {}) == []

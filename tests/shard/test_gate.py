@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config
 
-from loraplex.kernels.cpu import CpuLoraOps
 from loraplex.shard import gate, load
-from loraplex.shard.attention import PagedAttention
+from loraplex.shard.batch import Batch, build_batch
 from loraplex.shard.config import ShardConfig
 from loraplex.shard.errors import ModelRefused
 
@@ -53,15 +54,13 @@ def test_tells_attention_that_leaks_between_rows(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every prompt reads the first prompt's blocks: the gate must see it."""
-    honest = PagedAttention._prompt
 
-    def leaky(
-        self: PagedAttention, layer: int, q: torch.Tensor, segment: object, *rest: object
-    ) -> torch.Tensor:
-        segment = type(segment)(segment.first, segment.count, segment.start, segment.blocks * 0 + 1)  # type: ignore[attr-defined,call-arg]
-        return honest(self, layer, q, segment, *rest)  # type: ignore[arg-type]
+    def leaky(*args: Any, **kwargs: Any) -> Batch:
+        batch = build_batch(*args, **kwargs)
+        prompts = tuple(replace(prompt, blocks=prompt.blocks * 0 + 1) for prompt in batch.prompts)
+        return replace(batch, prompts=prompts)
 
-    monkeypatch.setattr(PagedAttention, "_prompt", leaky)
+    monkeypatch.setattr(gate, "build_batch", leaky)
     with pytest.raises(ModelRefused, match="packed"):
         load.load_model(config(tiny_model("llama")))
 
@@ -112,7 +111,3 @@ def test_refuses_a_kv_budget_below_one_block(tiny_model: Callable[[str], Path]) 
     small = ShardConfig(model=str(tiny_model("llama")), device="cpu", kv_memory=1)
     with pytest.raises(ModelRefused, match="kv-memory"):
         load.load_model(small)
-
-
-def test_operator_backend_is_the_cpu_one() -> None:
-    assert isinstance(load.load_ops("cpu"), CpuLoraOps)

@@ -11,6 +11,8 @@ from loraplex.kernels.ops import Entries, LoraPart, LoraWeights, route
 from loraplex.shard.adapters.weights import LinearWeights, ReplacedRows
 from loraplex.shard.head import HeadSite
 from loraplex.shard.linear import DenseWeight
+from loraplex.shard.parallel.ranks import Alone
+from loraplex.shard.parallel.vocabulary import VocabularyShare
 from loraplex.shard.sites import RoutingCell
 
 HIDDEN, VOCAB = 8, 10
@@ -18,19 +20,21 @@ HIDDEN, VOCAB = 8, 10
 
 def head_for(row_entries: list[Entries], *, bias: bool = False) -> tuple[HeadSite, nn.Linear, RoutingCell]:
     linear = nn.Linear(HIDDEN, VOCAB, bias)
-    cell = RoutingCell(route(row_entries))
+    cell = RoutingCell(CpuLoraOps(), route(row_entries))
     weight = DenseWeight(linear.weight.data, linear.bias.data if bias else None)
-    return HeadSite(weight, CpuLoraOps(), cell), linear, cell
+    return HeadSite(weight, CpuLoraOps(), cell, VocabularyShare(VOCAB, Alone())), linear, cell
 
 
 def whole(rows: int) -> LinearWeights:
     """A head of another size."""
-    return LinearWeights(None, None, (ReplacedRows(0, None, torch.randn(rows, HIDDEN), None),))
+    return LinearWeights(None, None, (ReplacedRows(0, None, torch.randn(rows, HIDDEN), None, rows),))
 
 
 def added(*ids: int) -> LinearWeights:
     """Single rows, which may lie beyond the base's last."""
-    rows = ReplacedRows(0, torch.tensor(ids), torch.randn(len(ids), HIDDEN), None)
+    rows = ReplacedRows(
+        0, torch.tensor(ids), torch.randn(len(ids), HIDDEN), None, max(VOCAB, *(1 + each for each in ids))
+    )
     return LinearWeights(None, None, (rows,))
 
 

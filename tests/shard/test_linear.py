@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from loraplex.kernels.cpu import CpuLoraOps
-from loraplex.kernels.ops import LoraPart, LoraWeights, Routing, SiteTable, route
+from loraplex.kernels.ops import LoraDelta, LoraPart, LoraWeights, Placed, Routing, SiteTable, route
 from loraplex.shard.adapters.weights import LinearWeights, ReplacedRows
 from loraplex.shard.linear import DenseWeight, LinearSite, SiteLinear
 from loraplex.shard.sites import RoutingCell
@@ -23,7 +23,7 @@ class Counting(CpuLoraOps):
             [DenseWeight(m.weight.data, None if m.bias is None else m.bias.data) for m in linears]
         )
         self.gemms = 0
-        self.deltas: list[tuple[int, Routing]] = []
+        self.deltas: list[tuple[int, Placed]] = []
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -37,14 +37,15 @@ class Counting(CpuLoraOps):
         self.gemms += 1
         return self._dense.apply(x)
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, routing: Routing, table: SiteTable) -> None:
-        self.deltas.append((x.shape[0], routing))
-        super().add_lora(y, x, routing, table)
+    def start_lora(self, x: torch.Tensor, placed: Placed, table: SiteTable) -> LoraDelta:
+        if table:
+            self.deltas.append((x.shape[0], placed))
+        return super().start_lora(x, placed, table)
 
 
 def site_of(*linears: nn.Linear, routing: Routing = NOTHING) -> tuple[Counting, LinearSite, list[SiteLinear]]:
     base = Counting(*linears)
-    site = LinearSite(base, len(linears), base, RoutingCell(routing))
+    site = LinearSite(base, [each.out_features for each in linears], base, RoutingCell(base, routing))
     members, offset = [], 0
     for linear in linears:
         columns = slice(offset, offset + linear.out_features) if len(linears) > 1 else None
@@ -101,7 +102,7 @@ def test_effects_come_in_order_and_touch_their_own_rows_only() -> None:
     """The input scale reaches the base and the replaced rows, not A; the scale reaches both."""
     linear = nn.Linear(8, 6)
     input_scale, scale, shift = torch.rand(8) + 1, torch.rand(6) + 1, torch.randn(6)
-    own = ReplacedRows(0, torch.tensor([1, 4]), torch.randn(2, 8), torch.randn(2))
+    own = ReplacedRows(0, torch.tensor([1, 4]), torch.randn(2, 8), torch.randn(2), 6)
     plain = lora(3, 8, 6)
     part = LoraPart(0, 0, plain.parts[0].b, scale, shift)
     entries = [((5, 0.5),), (), ((5, 0.5),), ((7, 1.0),)]
@@ -129,7 +130,7 @@ def test_the_input_is_left_as_it_is() -> None:
 
 def test_replaced_rows_lie_at_their_linears_columns_and_keep_the_bases_bias() -> None:
     linears = [nn.Linear(8, 6), nn.Linear(8, 4)]
-    own = ReplacedRows(6, None, torch.randn(4, 8), None)
+    own = ReplacedRows(6, None, torch.randn(4, 8), None, 4)
     _, site, members = site_of(*linears, routing=route([(), ((3, 1.0),)]))
     site.put(3, LinearWeights(None, None, (own,)))
     x = torch.randn(1, 2, 8)
@@ -142,7 +143,7 @@ def test_replaced_rows_lie_at_their_linears_columns_and_keep_the_bases_bias() ->
 
 def test_a_dropped_slot_changes_nothing_any_more() -> None:
     linear = nn.Linear(8, 6)
-    own = ReplacedRows(0, torch.tensor([2]), torch.randn(1, 8), None)
+    own = ReplacedRows(0, torch.tensor([2]), torch.randn(1, 8), None, 6)
     base, site, (member,) = site_of(linear, routing=route([((2, 1.0),)]))
     site.put(2, LinearWeights(lora(2, 8, 6), torch.rand(8), (own,)))
     x = torch.randn(1, 1, 8)

@@ -73,10 +73,10 @@ class Bench:
         for parameter in self.plain.parameters():
             nn.init.normal_(parameter, std=0.3)
         self.router = copy.deepcopy(self.plain)
-        self.cell = RoutingCell(Routing((), ()))
+        self.cell = RoutingCell(CpuLoraOps(), Routing((), ()))
         self.found = ModelSites()
         call = ModuleCall("gate", 1, (TOKENS, HIDDEN), (), True)
-        context = SiteContext(CpuLoraOps(), self.cell, RoutingCell(Routing((), ())))
+        context = SiteContext(CpuLoraOps(), self.cell, RoutingCell(CpuLoraOps(), Routing((), ())))
         add_router_sites(nn.ModuleDict({"gate": self.router}), Trace([call]), context, self.found)
 
     def put(self, slot: int, lora: LoraWeights) -> None:
@@ -93,7 +93,7 @@ class Bench:
 
     def run(self, x: torch.Tensor, row_entries: list[Entries]) -> list[torch.Tensor]:
         """The router's outputs; that which is not by row is left out."""
-        self.cell.routing = route(row_entries)
+        self.cell.begin(route(row_entries))
         return outputs(self.router, x)
 
 
@@ -145,7 +145,7 @@ def test_a_router_in_fp32_of_a_model_in_bf16() -> None:
 def test_a_step_without_adapters_for_it_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(ROUTERS["mixtral"])
     bench.put(0, lora(2, 1))
-    monkeypatch.setattr(RouterSite, "_compute", None)
+    monkeypatch.setattr(RouterSite, "compute", None)
     x = rows(3)
     for entries in ((), ((1, 1.0),)):
         for ours, other in zip(bench.run(x, [entries] * 3), outputs(bench.plain, x), strict=True):
@@ -161,8 +161,8 @@ def test_what_adapters_can_change_is_an_ordinary_linear() -> None:
     [target] = bench.found.linears
     assert (target.name, target.site, target.in_features, target.out_features) == ("gate", 0, HIDDEN, EXPERTS)
     assert target.has_bias
-    assert torch.equal(bench.found.parameters["gate.weight"], bench.plain.weight)
-    assert torch.equal(bench.found.parameters["gate.bias"], bench.plain.bias)
+    assert torch.equal(bench.found.parameters["gate.weight"](), bench.plain.weight)
+    assert torch.equal(bench.found.parameters["gate.bias"](), bench.plain.bias)
 
 
 def test_models_still_see_the_rest_of_their_router() -> None:

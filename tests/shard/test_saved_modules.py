@@ -21,7 +21,7 @@ NOTHING = Routing((), ())
 def test_each_row_has_its_adapters_parameters(shape: tuple[int, ...], axis: int) -> None:
     entries = [((1, 1.0),), (), ((2, 1.0),), ((1, 1.0),), ((3, 1.0),)]
     norm = nn.LayerNorm(DIM)
-    site = ModuleSite(norm, axis, RoutingCell(route(entries)))
+    site = ModuleSite(norm, axis, RoutingCell(CpuLoraOps(), route(entries)))
     own = {slot: {"weight": torch.rand(DIM) + 1, "bias": torch.randn(DIM)} for slot in (1, 2)}
     for slot, parameters in own.items():
         site.put(slot, ModuleWeights(parameters))
@@ -63,7 +63,7 @@ def test_only_modules_whose_rows_are_certain_become_sites() -> None:
         call("several", 1, TOKENS, DIM, plain=False),
         call("linear", 1, TOKENS, DIM),
     ]
-    cells = RoutingCell(NOTHING), RoutingCell(route([((0, 1.0),), ()]))
+    cells = RoutingCell(CpuLoraOps(), NOTHING), RoutingCell(CpuLoraOps(), route([((0, 1.0),), ()]))
     add_module_sites(model, Trace(calls), SiteContext(CpuLoraOps(), *cells), sites)
     assert [target.name for target in sites.modules] == ["tokens", "heads", "logits"]
     assert [target.site for target in sites.modules] == [0, 1, 2]
@@ -71,7 +71,7 @@ def test_only_modules_whose_rows_are_certain_become_sites() -> None:
     replaced = {name for name, module in model.named_modules() if module is not before.get(name)}
     assert replaced == {"tokens", "heads", "logits"}
     assert isinstance(model.tokens, SiteModule)
-    assert model.tokens.weight is before["tokens"].weight is sites.parameters["tokens.weight"]
+    assert model.tokens.weight is before["tokens"].weight is sites.parameters["tokens.weight"]()
     sites.sites[2].put(0, ModuleWeights({"weight": torch.zeros(DIM), "bias": torch.ones(DIM)}))
     y = model.logits(torch.randn(1, LOGITS, DIM))
     assert (y[0, 0] == 1).all()

@@ -16,8 +16,10 @@ from grpc_status import rpc_status
 from loraplex.proto import shard_pb2 as pb
 from loraplex.proto import shard_pb2_grpc
 from loraplex.shard.adapters.host_cache import HostCache
+from loraplex.shard.adapters.loading import AdapterLoading
 from loraplex.shard.adapters.pool import AdapterPool
 from loraplex.shard.adapters.store import AdapterStore
+from loraplex.shard.adapters.upload import SharedUploader
 from loraplex.shard.adapters.worker import AdapterWorker
 from loraplex.shard.config import ShardConfig
 from loraplex.shard.device import DeviceThread
@@ -74,7 +76,6 @@ async def serving(config: ShardConfig, loaded: LoadedModel) -> AsyncIterator[Liv
         loaded.kv,
         rows,
         Sampler(),
-        device=loaded.device,
         slot_is_resident=lambda slot: pool.digest_of(slot) is not None,
     )
     store = AdapterStore(AdapterWorker(loaded.layout, loaded.base), HostCache(config.host_adapter_memory))
@@ -82,10 +83,9 @@ async def serving(config: ShardConfig, loaded: LoadedModel) -> AsyncIterator[Liv
     service = ShardService(
         info=describe(config, loaded),
         tokenizer=loaded.tokenizer,
-        thread=thread,
         sequencer=Sequencer(thread, engine),
         store=store,
-        pool=pool,
+        loading=AdapterLoading(thread, pool, SharedUploader()),
         on_fatal=fatal.append,
     )
     server = grpc.aio.server()

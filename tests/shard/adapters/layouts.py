@@ -18,6 +18,7 @@ from loraplex.kernels.cpu import CpuLoraOps
 from loraplex.shard.adapters.base_tensors import BaseTensors
 from loraplex.shard.adapters.changes import Change, ParsedAdapter
 from loraplex.shard.adapters.layout import AdapterLayout, Target
+from loraplex.shard.attention import PagedAttention
 from loraplex.shard.kv import KvCache
 from loraplex.shard.model import Specialised, specialise
 from loraplex.shard.trace import trace
@@ -29,7 +30,7 @@ def specialised(model: torch.nn.Module, *, max_rank: int = 64, blocks: int = 2) 
     seen = trace(copied)
     dtype = next(copied.parameters()).dtype
     kv = KvCache(seen.layers, blocks=blocks, block_size=16, dtype=dtype, device=torch.device("cpu"))
-    return specialise(copied, seen, kv=kv, ops=CpuLoraOps(), max_rank=max_rank)
+    return specialise(copied, seen, attention=PagedAttention(kv), ops=CpuLoraOps(), max_rank=max_rank)
 
 
 def layout_of(model: torch.nn.Module, *, dtype: str = "float32", max_rank: int = 64) -> AdapterLayout:
@@ -62,7 +63,13 @@ TOY = AdapterLayout(
 )
 """Four linears at two sites."""
 
-TOY_BASE = BaseTensors(
+
+def held(tensors: Mapping[str, torch.Tensor]) -> BaseTensors:
+    """A base of these weights."""
+    return BaseTensors({name: (lambda value=value: value) for name, value in tensors.items()})
+
+
+TOY_BASE = held(
     {
         f"{target.name}.weight": torch.linspace(-1, 1, target.in_features * target.out_features).view(
             target.out_features, target.in_features

@@ -26,6 +26,7 @@ from loraplex.shard.adapters.layout import AdapterLayout, ExpertsParameter, Expe
 from loraplex.shard.adapters.parse import parse_adapter
 from loraplex.shard.adapters.pool import AdapterPool
 from loraplex.shard.adapters.weights import ExpertWeights, PackedAdapter
+from loraplex.shard.attention import PagedAttention
 from loraplex.shard.batch import build_batch
 from loraplex.shard.errors import AdapterRejected
 from loraplex.shard.kv import KvCache
@@ -93,7 +94,7 @@ class Served:
         model = fresh(directory)
         seen = trace(model)
         kv = KvCache(seen.layers, blocks=16, block_size=16, dtype=torch.float32, device=CPU)
-        special = specialise(model, seen, kv=kv, ops=CpuLoraOps(), max_rank=64)
+        special = specialise(model, seen, attention=PagedAttention(kv), ops=CpuLoraOps(), max_rank=64)
         self._model = special.model
         self.layout = special.layout
         self._base = BaseTensors(special.parameters)
@@ -117,7 +118,7 @@ class Served:
             table.start(Row.from_proto(start))
             table.extend(index, [index + 1])
             plan.chunks.add(row=index, start=0, tokens=PROMPT)
-        logits = self._model.forward(build_batch(plan, table, block_size=16, device=CPU))
+        logits = self._model.forward(build_batch(plan, table, block_size=16))
         # Rows with the same adapters are laid side by side: find each row's place again.
         order = sorted(range(len(rows)), key=lambda index: table[index].last_entries())
         parts = dict(zip(order, logits.split(len(PROMPT)), strict=True))

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save as save_torch
 
-from loraplex.shard.adapters.base_tensors import BaseTensors
 from loraplex.shard.adapters.changes import LinearChange, ParsedAdapter
 from loraplex.shard.adapters.floats import all_finite, read_float32, store
 from loraplex.shard.adapters.layout import AdapterLayout, EmbeddingTarget, ModuleTarget, Target
 from loraplex.shard.adapters.parse import parse_adapter
 from loraplex.shard.errors import AdapterRejected
 
-from .layouts import TOY, Q, V, changes_of, config_bytes, mentions, toy_tensors, weights_bytes
+from .layouts import TOY, Q, V, changes_of, config_bytes, held, mentions, toy_tensors, weights_bytes
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -37,7 +36,7 @@ MODEL = replace(
 """TOY with an embedding, a head that is tied to it, and a norm."""
 
 TABLE = np.random.default_rng(1).standard_normal((5, 8), np.float32)
-BASE = BaseTensors(
+BASE = held(
     {
         "model.embed_tokens.weight": torch.from_numpy(TABLE),
         "lm_head.weight": torch.from_numpy(TABLE),
@@ -380,7 +379,7 @@ def test_embedding_factors_that_do_not_fit_are_refused(
 def test_a_row_without_length_has_no_direction_to_scale() -> None:
     tensors = toy_tensors() | {f"{Q}.lora_magnitude_vector": ones(8), f"{V}.lora_magnitude_vector": ones(4)}
     tensors[f"{Q}.lora_B.weight"][:] = 0
-    base = BaseTensors(
+    base = held(
         {
             "model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8),
             "model.layers.0.self_attn.v_proj.weight": torch.ones(4, 8),

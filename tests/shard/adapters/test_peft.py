@@ -21,14 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loraplex.shard.adapters.base_tensors import BaseTensors
 from loraplex.shard.adapters.changes import LinearChange, ParsedAdapter
 from loraplex.shard.adapters.layout import AdapterLayout
 from loraplex.shard.adapters.parse import parse_adapter
 from loraplex.shard.errors import AdapterRejected
 
 from ..dense import merged_logits
-from .layouts import base_of, changes_of, layout_of
+from .layouts import base_of, changes_of, held, layout_of
 
 TOKENS = (5, 71, 204, 33, 71, 9, 150, 1, 12, 88, 240, 3, 17)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -622,7 +621,7 @@ def test_a_copy_of_the_base_in_another_dtype_is_no_replacement(dtype: str, base:
     model, layout, _ = base("llama")
     make(model, CASES["head"], tmp_path)
     served = copy.deepcopy(model).to(getattr(torch, dtype))
-    parsed = parse(tmp_path, replace(layout, dtype=dtype), BaseTensors(dict(served.named_parameters())))
+    parsed = parse(tmp_path, replace(layout, dtype=dtype), held(dict(served.named_parameters())))
     assert parsed.traits.owns == ()
 
 

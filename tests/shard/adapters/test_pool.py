@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from loraplex.kernels.ops import LoraWeights
 from loraplex.shard.adapters.files import FileLimits
@@ -147,16 +146,3 @@ def test_the_host_cache_keeps_nothing_larger_than_itself(adapter: PackedAdapter)
     cache = HostCache(adapter.nbytes - 1)
     cache.put("d", adapter)
     assert (cache.get("d"), cache.used_bytes) == (None, 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_the_pool_has_its_own_copy(adapter: PackedAdapter, sites: list[Recorder]) -> None:
-    pool = AdapterPool(sites, slots=1, budget=adapter.nbytes, device=torch.device("cuda"))
-    pool.load(0, "d", adapter)
-    loaded, host = lora_of(sites[0], 0), adapter.site_weights()[0]
-    assert isinstance(host, LinearWeights)
-    assert host.lora is not None
-    assert loaded.a.is_cuda
-    assert torch.equal(loaded.a.cpu(), host.lora.a)
-    assert torch.equal(loaded.parts[1].b.cpu(), host.lora.parts[1].b)

@@ -1,0 +1,169 @@
+"""Launch planning: how rows become tasks, inputs become splits, and work becomes grids. No device.
+
+A task is one entry of a chunk of rows that share their entry list (`Task` in lora_tables.cuh). Rows that
+decode are cut into chunks of 16, rows of prompts into chunks of 64, each served by kernels of their own, so
+that the same row is always computed in the same order, whatever shares its batch with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .ops import Entries, Routing, RowGroup
+
+DECODE_ROWS = 16
+PROMPT_ROWS = 64
+HEADER_BYTES = 16
+"""Before the tasks: how many there are."""
+RANK_LANES = 4
+"""Blocks that share the rows of A of one task, 16 at a time."""
+SHRINK_ROWS = 16
+"""Rows of x that a block of the shrink takes at once."""
+EXPAND_ROWS, STRIP = 8, 128
+"""Rows and columns of y that a warp takes at once."""
+WARPS = 4
+"""In a block."""
+EXPAND_BLOCKS, GATE_BLOCKS = 4, 3
+"""That a processor holds at once."""
+
+_NOTHING: Entries = ((-1, 0.0),)
+"""What rows without entries are said to name."""
+
+TaskArray = np.ndarray[Any, np.dtype[np.void]]
+RowIds = np.ndarray[Any, np.dtype[np.int32]]
+
+
+def task_dtype(rows: int) -> np.dtype[np.void]:
+    """`Task` for chunks of at most `rows` rows."""
+    return np.dtype(
+        [
+            ("slot", "i4"),
+            ("weight", "f4"),
+            ("hidden", "i4"),
+            ("count", "i4"),
+            ("length", "i4"),
+            ("unused", "i4", 3),
+            ("row", "i4", rows),
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tasks of one routing. Rows without entries have tasks too, without a slot: for kernels that do
+    a step's next work at once for all of its rows."""
+
+    decode: TaskArray
+    prompt: TaskArray
+    hidden_values: int
+    """Room for every task's x A^T, at the site with the highest ranks."""
+
+
+def plan_tasks(routing: Routing, stacked_rank: Callable[[int], int]) -> Plan:
+    """Cut a routing into tasks.
+
+    Args:
+        routing: groups of rows; the first `decode_rows` of all rows decode.
+        stacked_rank: for a slot, the most rows that its A has at any one site.
+    """
+    rows, ends = _rows_by_list(routing)
+    decoding = np.concatenate([[0], np.cumsum(rows < routing.decode_rows)])
+    begins = np.concatenate([[0], ends[:-1]])
+    cuts = begins + decoding[ends] - decoding[begins]
+    lists = [*(group.entries for group in routing.groups), ()]
+    spans = list(zip(lists, begins.tolist(), cuts.tolist(), ends.tolist(), strict=True))
+    decode = [_Span(entries, begin, cut) for entries, begin, cut, _ in spans]
+    prompt = [_Span(entries, cut, end) for entries, _, cut, end in spans]
+    first, used = _tasks(rows, decode, DECODE_ROWS, stacked_rank, 0)
+    second, used = _tasks(rows, prompt, PROMPT_ROWS, stacked_rank, used)
+    return Plan(first, second, used)
+
+
+def identity_of(routing: Routing) -> list[tuple[Entries, int, int]] | None:
+    """Equal for routings of equal groups; None where rows of a group are scattered."""
+    groups = []
+    for group in routing.groups:
+        if not isinstance(group.rows, slice):
+            return None
+        groups.append((group.entries, group.rows.start, group.rows.stop))
+    return groups
+
+
+class _Span(NamedTuple):
+    """Rows begin .. end - 1 of all lists' rows, which share these entries."""
+
+    entries: Entries
+    begin: int
+    end: int
+
+
+def _rows_by_list(routing: Routing) -> tuple[RowIds, np.ndarray[Any, np.dtype[np.int64]]]:
+    """The rows of one group after another, ascending, at last those of no group; and where each ends."""
+    groups = [_row_ids(group) for group in routing.groups]
+    bare = np.ones(routing.rows, dtype=np.bool_)
+    if groups:
+        bare[np.concatenate(groups)] = False
+    groups.append(np.flatnonzero(bare).astype(np.int32))
+    return np.concatenate(groups), np.cumsum([len(rows) for rows in groups])
+
+
+def _row_ids(group: RowGroup) -> RowIds:
+    if isinstance(group.rows, slice):
+        return np.arange(group.rows.start, group.rows.stop, dtype=np.int32)
+    return group.rows.numpy(force=True).astype(np.int32)
+
+
+def _tasks(
+    rows: RowIds,
+    spans: Iterable[_Span],
+    chunk_rows: int,
+    stacked_rank: Callable[[int], int],
+    hidden: int,
+) -> tuple[TaskArray, int]:
+    """The tasks of these spans of `rows`, whose hidden values begin at `hidden`; and where they end."""
+    fields: list[tuple[int, float, int, int, int]] = []
+    firsts: list[int] = []
+    for entries, begin, end in spans:
+        for first in range(begin, end, chunk_rows):
+            count = min(chunk_rows, end - first)
+            for index, (slot, weight) in enumerate(entries or _NOTHING):
+                fields.append((slot, weight, hidden, count, 0 if index else len(entries)))
+                firsts.append(first)
+                if slot >= 0:
+                    hidden += count * -(-stacked_rank(slot) // 8) * 8
+    tasks = np.zeros(len(fields), task_dtype(chunk_rows))
+    if fields:
+        for name, column in zip(
+            ("slot", "weight", "hidden", "count", "length"), zip(*fields, strict=True), strict=True
+        ):
+            tasks[name] = column
+        lanes = np.arange(chunk_rows)
+        at = np.minimum(np.array(firsts)[:, None] + lanes, len(rows) - 1)
+        tasks["row"] = np.where(lanes < tasks["count"][:, None], rows[at], 0)
+    return tasks, hidden
+
+
+def write_tasks(target: np.ndarray[Any, np.dtype[np.uint8]], tasks: TaskArray) -> None:
+    """Lay `tasks` out as `Tasks` in lora_tables.cuh."""
+    target[:4].view(np.int32)[0] = len(tasks)
+    target[HEADER_BYTES : HEADER_BYTES + tasks.nbytes] = tasks.view(np.uint8)
+
+
+def shrink_grid(tasks: int, chunk_rows: int, processors: int) -> tuple[int, int, int]:
+    """Of persistent blocks: a processor holds one at a time."""
+    return max(1, min(tasks * chunk_rows // SHRINK_ROWS, processors)), RANK_LANES, 1
+
+
+def expand_grid(tasks: int, chunk_rows: int, columns: int, blocks: int) -> tuple[int, int, int]:
+    """Of persistent blocks, at most as many as the device holds at once."""
+    units = tasks * -(-columns // STRIP) * (chunk_rows // EXPAND_ROWS)
+    return max(1, min(-(-units // WARPS), blocks)), 1, 1
+
+
+def plain_grid(tasks: int, chunk_rows: int, processors: int) -> tuple[int, int, int]:
+    """Of the kernels without tensor cores: a block for each row, eight a processor."""
+    return max(1, min(tasks * chunk_rows, 8 * processors)), 1, 1

@@ -1,0 +1,1 @@
+"""`loraplex bench`: one seeded load against any OpenAI-compatible server, or against several in turns."""

@@ -1,0 +1,208 @@
+"""Kernels with one operator changed: each is built, run by the check of its file, and expected to fail.
+
+    python -m tests.kernels.mutants [--every] [--files NAME…]
+
+By default a fixed one of each file; with `--every` all of them, which takes an hour. Prints the mutants that
+no check tells from the original, one a line, and ends with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.kernels import source
+
+from .checks import CHECKS
+
+SAMPLE = 1
+"""Mutants of each file."""
+TRAPS = ("-fsanitize=bounds-strict,alignment", "-fsanitize-undefined-trap-on-error")
+"""A loop that goes one too far over an array dies."""
+PATIENCE = 90.0
+"""Seconds until a mutant that does not end counts as told."""
+OTHERS = {
+    "+": "-",
+    "-": "+",
+    "*": "+",
+    "/": "*",
+    "%": "/",
+    "<": "<=",
+    "<=": "<",
+    ">": ">=",
+    ">=": ">",
+    "==": "!=",
+    "&&": "||",
+    "||": "&&",
+    "+=": "-=",
+    "*=": "+=",
+    "<<": ">>",
+    ">>": "<<",
+}
+_OPERATOR = re.compile(r"(?<= )(\+=|\*=|<<|>>|<=|>=|==|&&|\|\||[-+*/%<>])(?= )")
+_IDLE = re.compile(r"^\s*(//|#)|gridDim|template|__launch_bounds__|__shared__")
+"""Lines whose operators only spread the work, or are no arithmetic."""
+
+
+EQUIVALENT = {
+    "work whose result is not written": (
+        ("lora_expand.cu", "(columns + STRIP - 1) ", " STRIP, units"),
+        ("lora_expand.cu", "(columns + STRIP ", " 1) / STRIP"),
+        ("lora_expand.cu", "(width + STRIP - 1) ", " STRIP, units"),
+        ("lora_expand.cu", "(width + STRIP ", " 1) / STRIP"),
+        ("lora_expand.cu", "if (top ", " list->count"),
+        ("lora_expand.cu", "if (top >= list->count ", " !is_covered"),
+        ("lora_shrink.cu", "return index ", " task.count ?"),
+        ("lora_shrink.cu", "top ", " task.count) {"),
+        ("lora_strip.cuh", "if (part.out_offset ", " column + STRIP"),
+        ("lora_strip.cuh", "end ", " column) {"),
+        ("lora_strip.cuh", "part.out_offset + part.width ", " column) {"),
+        ("paged_attention.cu", "at ", " OUT && token"),
+        ("paged_attention.cu", "HALVES ", " 1 ? pack"),
+        ("paged_attention.cu", "HEADS ", " 8 && g"),
+        ("paged_attention.cu", "        }\n#pragma unroll\n        for (int strip = 0; strip ", " STRIPS"),
+        ("paged_attention.cu", "int first = start + warp * 16; first ", " end; first"),
+        ("rms_norm.cu", "+ eps);\n#pragma unroll\n    for (int i = 0; i ", " VECTORS"),
+        ("plain_attention.cu", "&& length ", " 0; ++w"),
+        ("plain_attention.cu", "    }\n#pragma unroll\n    for (int i = 0; i ", " COLUMNS"),
+        ("plain_attention.cu", "score = 0.0f;\n#pragma unroll\n        for (int i = 0; i ", " COLUMNS"),
+        ("paged_attention.cu", "if (g ", " row * 8 < group && at < OUT"),
+        ("paged_attention.cu", "if (g + row * 8 ", " group && at < OUT"),
+    ),
+    "sums of zeros": (
+        ("lora_plain.cu", "&& list->length ", " 0; column"),
+        ("lora_shrink.cu", "round ", " end; round"),
+    ),
+    "the same value, written twice": (
+        ("paged_attention.cu", "i += WARPS ", " 32"),
+        ("paged_attention.cu", "if (t ", " 0) {\n            tops"),
+        ("paged_attention.cu", "at += WARPS ", " 32"),
+        ("paged_attention.cu", "if (at ", " 0 && column == 0"),
+        ("plain_attention.cu", "at += WARPS ", " 32"),
+        ("plain_attention.cu", "if (lane ", " 0) {"),
+        ("rms_norm.cu", "if (threadIdx.x % 32 ", " 0) {\n        warps"),
+    ),
+    "warps that share k otherwise": (("lora_shrink.cu", "/ (WARPS ", " DEPTH) * DEPTH"),),
+    "a vector behind an array in registers, which the traps of g++ let be left by one": (
+        ("lora_strip.cuh", "uint4 y[4];\n#pragma unroll\n    for (int i = 0; i ", " 4; ++i) {"),
+        ("paged_attention.cu", "x % 4;\n#pragma unroll\n    for (int step = 0; step ", " STEPS"),
+    ),
+}
+"""By what they bring about, operators that no check can tell: file, what stands before, what behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    file: str
+    line: int
+    column: int
+    operator: str
+
+    def text(self) -> str:
+        lines = original(self.file).splitlines(keepends=True)
+        line = lines[self.line]
+        end = self.column + len(self.operator)
+        lines[self.line] = line[: self.column] + OTHERS[self.operator] + line[end:]
+        return "".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line + 1}:{self.column + 1}: {self.operator} -> {OTHERS[self.operator]}"
+
+
+def original(file: str) -> str:
+    """The text of a kernel file, its includes left as they are."""
+    return (Path(source.__file__).parent / file).read_text(encoding="utf-8")
+
+
+def mutants_of(file: str, text: str) -> Iterator[Mutant]:
+    """Every operator that can be changed, in the order of the file."""
+    passed = ""
+    for number, line in enumerate(text.splitlines(keepends=True)):
+        if not _IDLE.search(line):
+            code = line.partition("//")[0]
+            for found in _OPERATOR.finditer(code):
+                if not _is_equivalent(
+                    file, passed + code[: found.start()], text[len(passed) + found.end() :]
+                ):
+                    yield Mutant(file, number, found.start(), found[0])
+        passed += line
+
+
+def _is_equivalent(file: str, before: str, after: str) -> bool:
+    return any(
+        file == name and before.endswith(left) and after.startswith(right)
+        for places in EQUIVALENT.values()
+        for name, left, right in places
+    )
+
+
+def chosen(files: Sequence[str], *, every: bool) -> list[Mutant]:
+    """All mutants of these files, or the same ones each time."""
+    result = []
+    for file in files:
+        found = list(mutants_of(file, original(file)))
+        result += found if every else random.Random(file).sample(found, min(SAMPLE, len(found)))
+    return result
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the check of its file passes. In a process of its own: a mutant may crash, or never end."""
+    child = _CONTEXT.Process(target=_check, args=(mutant,))
+    child.start()
+    child.join(PATIENCE)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode == 0
+
+
+def _check(mutant: Mutant) -> None:
+    import torch
+
+    from loraplex.kernels.side_stream import InOrder
+
+    from .emulation.launcher import PLAIN, EmulatedLauncher, EmulationFailed
+    from .target import Target
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / mutant.file
+        changed.write_text(mutant.text())
+        launcher = EmulatedLauncher(flags=(*PLAIN, *TRAPS), replacements={mutant.file: changed})
+        try:
+            CHECKS[mutant.file](Target(launcher, torch.device("cpu"), InOrder()))
+        except (AssertionError, EmulationFailed):
+            os._exit(1)
+    os._exit(0)
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--every", action="store_true")
+    parser.add_argument("--files", nargs="*", default=list(CHECKS))
+    options = parser.parse_args()
+    _CONTEXT.set_forkserver_preload(["tests.kernels.checks"])
+    found = chosen(options.files, every=options.every)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        left = [mutant for mutant, alive in zip(found, pool.map(survives, found), strict=True) if alive]
+    for mutant in left:
+        print(mutant)
+    print(f"{len(found) - len(left)} of {len(found)} mutants are told from the original")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
