@@ -14,7 +14,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -24,13 +23,9 @@ from pathlib import Path
 from loraplex.router.config import RouterConfig
 from loraplex.router.main import run as run_router
 
+from .server import free_port
+
 WARM_UP_TOKENS = 200
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def processor_seconds(pid: int) -> float:

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import PeerFailed
+from ..errors import BenchFailed
 
 CPU_TORCH = "2.13.0"
 """The version that every environment has, in its build without CUDA."""
 
 
 def run(command: Sequence[str | Path], *, log: Path) -> None:
-    """Run a command at low priority with its output in `log`. Raises PeerFailed where it fails."""
+    """Run a command at low priority with its output in `log`. Raises BenchFailed where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         code = subprocess.run(["nice", *command], stdout=output, stderr=output, check=False).returncode
     if code != 0:
-        raise PeerFailed(f"{' '.join(map(str, command[:6]))} … exited with {code}; see {log}")
+        raise BenchFailed(f"{' '.join(map(str, command[:6]))} … exited with {code}; see {log}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import PeerFailed
+from ..errors import BenchFailed
 from .peer import DEFAULT_ROOT, NAMES, parse_names, peers, root_directory
 
 
 def install(names: Sequence[str], root: Path) -> None:
-    """One line before and after each. Raises PeerFailed."""
+    """One line before and after each. Raises BenchFailed."""
     servers = peers(root)
     for name in names:
         if name in servers and not servers[name].is_installed:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         install(parse_names(options.peers), root_directory(options.root))
-    except PeerFailed as error:
+    except BenchFailed as error:
         print(f"install: {error}", file=sys.stderr)
         return 1
     return 0

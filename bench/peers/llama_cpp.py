@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..server import Launch
 from .environment import CPU_TORCH, Environment, run
-from .server import Launch
 
 VERSION = "0.3.36"
 TOOLS = ("cmake", "ninja", "numpy", "sentencepiece")
@@ -52,7 +52,7 @@ class LlamaCpp:
         return self._environment.is_complete(self.contents)
 
     def install(self) -> None:
-        """Compiles for some eight minutes on two cores. Raises PeerFailed."""
+        """Compiles for some eight minutes on two cores. Raises BenchFailed."""
         if self.is_installed:
             return
         environment = self._environment

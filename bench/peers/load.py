@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import PeerFailed
+from ..errors import BenchFailed
 from .model import RANKS
 
 ADAPTERS = 16
@@ -50,14 +50,14 @@ SETTINGS = (
 
 
 def parse_settings(text: str) -> tuple[Setting, ...]:
-    """`base,mixed` as settings. Raises PeerFailed for an unknown one."""
+    """`base,mixed` as settings. Raises BenchFailed for an unknown one."""
     known = {setting.name: setting for setting in SETTINGS}
     return tuple(_named(name, known) for name in dict.fromkeys(text.split(",")))
 
 
 def _named(name: str, known: dict[str, Setting]) -> Setting:
     if name not in known:
-        raise PeerFailed(f"there is no setting {name!r}; there is {', '.join(known)}")
+        raise BenchFailed(f"there is no setting {name!r}; there is {', '.join(known)}")
     return known[name]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraplex.child import loraplex_command
 
-from .server import Launch
+from ..server import Launch
 
 
 class Loraplex:

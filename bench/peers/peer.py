@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import BenchFailed
+from ..server import Launch
 from .environment import Environment
-from .errors import PeerFailed
 from .llama_cpp import LlamaCpp
-from .server import Launch
 from .vllm import Vllm
 
 DEFAULT_ROOT = Path("~/.cache/loraplex/peers").expanduser()
@@ -29,7 +29,7 @@ class Servable(Protocol):
         """How a request names an adapter: `openai`, by model; `llama.cpp`, by index."""
 
     def launch(self, base: Path, adapters: Mapping[str, Path], port: int, threads: int) -> Launch:
-        """How to serve the model `base`, and adapters by name. Raises PeerFailed."""
+        """How to serve the model `base`, and adapters by name. Raises BenchFailed."""
 
 
 class Peer(Servable, Protocol):
@@ -39,7 +39,7 @@ class Peer(Servable, Protocol):
     def is_installed(self) -> bool: ...
 
     def install(self) -> None:
-        """Does nothing where it is installed; begins afresh where that was interrupted. Raises PeerFailed."""
+        """Nothing where it is installed; begins afresh where that was interrupted. Raises BenchFailed."""
 
 
 def peers(root: Path) -> dict[str, Peer]:
@@ -52,18 +52,18 @@ def peers(root: Path) -> dict[str, Peer]:
 
 
 def root_directory(path: Path) -> Path:
-    """Absolute, and made where it is missing. Raises PeerFailed where it cannot be."""
+    """Absolute, and made where it is missing. Raises BenchFailed where it cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PeerFailed(f"--root {path} cannot be made: {error.strerror}") from None
+        raise BenchFailed(f"--root {path} cannot be made: {error.strerror}") from None
     return path.absolute()
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """`vllm,peft` as names. Raises PeerFailed for an unknown one."""
+    """`vllm,peft` as names. Raises BenchFailed for an unknown one."""
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in NAMES:
-            raise PeerFailed(f"there is no peer {name!r}; there is {', '.join(NAMES)}")
+            raise BenchFailed(f"there is no peer {name!r}; there is {', '.join(NAMES)}")
     return names

@@ -24,14 +24,13 @@ from typing import Any
 
 from loraplex.loadtest.plan import Target
 
-from ..router_cost import free_port
-from .errors import PeerFailed
+from ..errors import BenchFailed
+from ..server import free_port, running
 from .load import SETTINGS, Setting, parse_settings, seeds
 from .model import write_all
 from .ours import Loraplex
 from .peer import DEFAULT_ROOT, NAMES, PEFT, Servable, parse_names, peers, root_directory
 from .ratios import Comparison, table
-from .server import running
 from .turns import Runner, ServerTurns, Turn, peft_turns
 
 
@@ -51,10 +50,10 @@ class Bench:
     def __post_init__(self) -> None:
         for flag, value in (("--rounds", self.rounds), ("--threads", self.threads)):
             if value < 1:
-                raise PeerFailed(f"{flag} must be at least 1")
+                raise BenchFailed(f"{flag} must be at least 1")
 
     def compare(self, setting: Setting) -> Comparison:
-        """Start every engine, give each its turns, stop them all. Raises PeerFailed."""
+        """Start every engine, give each its turns, stop them all. Raises BenchFailed."""
         directory = self.root / setting.directory
         write_all(directory, setting.adapters, setting.ranks)
         base, adapters = directory / "base", {f"a{n}": directory / f"a{n}" for n in range(setting.adapters)}
@@ -73,9 +72,11 @@ class Bench:
     ) -> Iterator[Runner]:
         began, port = time.monotonic(), free_port()
         launch = engine.launch(base, adapters, port, self.threads)
-        with running(launch, port, self._log(setting, engine.name)) as url:
+        with running(launch, port, self._log(setting, engine.name)) as server:
             say(setting, engine.name, f"ready after {time.monotonic() - began:.0f} s")
-            yield ServerTurns(Target(engine.name, url, engine.style, model="base", adapters=tuple(adapters)))
+            yield ServerTurns(
+                Target(engine.name, server.url, engine.style, model="base", adapters=tuple(adapters))
+            )
 
     def _turns(self, setting: Setting, runners: Sequence[Runner]) -> Mapping[str, Sequence[Turn]]:
         """By engine, in the order of `runners`. Engines that fail are out from then on, and it is said."""
@@ -86,7 +87,7 @@ class Bench:
                 time.sleep(self.settle)
                 try:
                     turn = runner.turn(replace(setting.load, seed=seed), warm_up=number == 0)
-                except PeerFailed as error:
+                except BenchFailed as error:
                     say(setting, runner.name, f"is out: {error}")
                     racing = [other for other in racing if other is not runner]
                 else:
@@ -104,12 +105,12 @@ def say(setting: Setting, engine: str, what: str) -> None:
 
 
 def installed(names: Sequence[str], root: Path) -> list[Servable]:
-    """Those of `names` that are servers. Raises PeerFailed where one is not installed."""
+    """Those of `names` that are servers. Raises BenchFailed where one is not installed."""
     known = peers(root)
     servers = [known[name] for name in names if name in known]
     if missing := [peer.name for peer in servers if not peer.is_installed]:
         command = f"python -m bench.peers.install --peers {','.join(missing)} --root {root}"
-        raise PeerFailed(f"not installed below {root}: {', '.join(missing)}; {command}")
+        raise BenchFailed(f"not installed below {root}: {', '.join(missing)}; {command}")
     return list(servers)
 
 
@@ -126,7 +127,7 @@ def document(bench: Bench, settings: Sequence[Setting], comparisons: Sequence[Co
 
 
 def run(bench: Bench, settings: Sequence[Setting], json_file: Path | None) -> None:
-    """Measure every setting; the file has after each what there is until then. Raises PeerFailed."""
+    """Measure every setting; the file has after each what there is until then. Raises BenchFailed."""
     comparisons: list[Comparison] = []
     for setting in settings:
         comparisons.append(bench.compare(setting))
@@ -136,9 +137,9 @@ def run(bench: Bench, settings: Sequence[Setting], json_file: Path | None) -> No
 
 
 def check_writable(json_file: Path | None) -> None:
-    """Raises PeerFailed before anything is measured in vain."""
+    """Raises BenchFailed before anything is measured in vain."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise PeerFailed(f"--json {json_file}: no such folder to write a file into")
+        raise BenchFailed(f"--json {json_file}: no such folder to write a file into")
 
 
 def _end(number: int, _: object) -> None:
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=options.threads,
         )
         run(bench, parse_settings(options.settings), options.json)
-    except PeerFailed as error:
+    except BenchFailed as error:
         print(f"run: {error}", file=sys.stderr)
         return 1
     return 0

@@ -17,8 +17,8 @@ from loraplex.loadtest.plan import Plan, Point, Sweep, Target
 from loraplex.loadtest.report import summary
 from loraplex.loadtest.specs import Closed, Popularity
 
+from ..errors import BenchFailed
 from . import transformers_peft
-from .errors import PeerFailed
 from .load import Load
 from .peer import PEFT
 
@@ -41,7 +41,7 @@ class Runner(Protocol):
     def name(self) -> str: ...
 
     def turn(self, load: Load, *, warm_up: bool) -> Turn:
-        """With `warm_up`, after a short request to the base and to each adapter. Raises PeerFailed."""
+        """With `warm_up`, after a short request to the base and to each adapter. Raises BenchFailed."""
 
 
 class ServerTurns:
@@ -52,17 +52,17 @@ class ServerTurns:
         self._target = target
 
     def turn(self, load: Load, *, warm_up: bool) -> Turn:
-        """Raises PeerFailed where any answer is not complete."""
+        """Raises BenchFailed where any answer is not complete."""
         plan = self._plan(load, warm_up=warm_up)
         runs: list[Run] = []
         try:
             asyncio.run(measure(plan, runs))
         except ToolFailed as error:
-            raise PeerFailed(f"{self.name}: {error}") from error
+            raise BenchFailed(f"{self.name}: {error}") from error
         made = summary(runs, plan.first_token_limit)
         if made.failed:
             kind, message = next(iter(made.first_messages.items()))
-            raise PeerFailed(f"{self.name}: {made.failed} requests failed, {kind}: {message}")
+            raise BenchFailed(f"{self.name}: {made.failed} requests failed, {kind}: {message}")
         return Turn(made.tokens_per_second, made.first_token.p50, made.per_token.p50)
 
     def _plan(self, load: Load, *, warm_up: bool) -> Plan:
@@ -88,7 +88,7 @@ class PeftTurns:
         self._log = log
 
     def wait_until_ready(self) -> None:
-        """Its model is loaded then. Raises PeerFailed where it ends instead."""
+        """Its model is loaded then. Raises BenchFailed where it ends instead."""
         self._answer()
 
     def turn(self, load: Load, *, warm_up: bool) -> Turn:
@@ -115,8 +115,8 @@ class PeftTurns:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _ended(self) -> PeerFailed:
-        return PeerFailed(f"{self.name}: the process ended; see {self._log}")
+    def _ended(self) -> BenchFailed:
+        return BenchFailed(f"{self.name}: the process ended; see {self._log}")
 
 
 @contextmanager

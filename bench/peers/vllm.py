@@ -9,8 +9,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ..server import Launch
 from .environment import CPU_TORCH, Environment
-from .server import Launch
 
 VERSION = "0.32.0"
 WITHOUT_CPU_BUILDS = ("torch", "torchaudio", "torchvision", "torchcodec")
@@ -45,7 +45,7 @@ class Vllm:
         return self._environment.is_complete(self.contents)
 
     def install(self) -> None:
-        """A few minutes. Raises PeerFailed."""
+        """A few minutes. Raises BenchFailed."""
         if self.is_installed:
             return
         environment = self._environment

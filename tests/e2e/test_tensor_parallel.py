@@ -22,9 +22,8 @@ from .server import Server, alive, serving
 from .streams import Streamed, client, stream_all, stream_one
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "mixtral")
-DETECTED = 10.0
-"""Seconds until a rank that hangs is noticed: the router pings its connections every two, and waits four."""
-RECOVERED = 15.0
+PATIENCE = 60.0
+"""Seconds after which something counts as never. How long it takes is measured by `bench.group_recovery`."""
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
@@ -135,16 +134,10 @@ async def test_a_rank_that_goes_takes_its_group_with_it(
         running = asyncio.create_task(stream_all(pair.url, work(two_adapters["beta"])))
         await asyncio.sleep(0.3)
         assert not running.done()
-        began = time.monotonic()
         os.kill(before[rank], number)
         await asyncio.to_thread(until, lambda n=count: lost(pair) == n)
-        detected = time.monotonic() - began
-        streams = await asyncio.wait_for(running, RECOVERED + DETECTED)
-        again = await asyncio.wait_for(stream_one_of(pair), RECOVERED)
-        recovered = time.monotonic() - began
-        print(f"{work.__name__}, rank {rank} {number.name}: noticed {detected:.1f} s, back {recovered:.1f} s")
-        assert detected < DETECTED
-        assert recovered - detected < RECOVERED
+        streams = await asyncio.wait_for(running, PATIENCE)
+        again = await asyncio.wait_for(stream_one_of(pair), PATIENCE)
         assert again.done
         for stream, text in zip(streams, whole, strict=True):
             assert text.startswith(stream.text)
@@ -169,7 +162,7 @@ async def stream_one_of(server: Server) -> Any:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DETECTED
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "not noticed in time"
         time.sleep(0.05)
@@ -183,7 +176,7 @@ async def test_requests_without_a_token_are_run_again(pair: Server) -> None:
     waiting = asyncio.create_task(stream_all(pair.url, [body("beta", 20)] * 6))
     await asyncio.sleep(0.3)
     os.kill(follower, signal.SIGKILL)
-    streams = await asyncio.wait_for(waiting, 2 * RECOVERED)
+    streams = await asyncio.wait_for(waiting, PATIENCE)
     assert [stream.text for stream in streams] == [expected] * 6
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import BenchFailed
 from bench.peers.environment import Environment
-from bench.peers.errors import PeerFailed
 from bench.peers.install import install
 from bench.peers.install import main as install_main
 from bench.peers.llama_cpp import LlamaCpp
@@ -64,7 +64,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = Environment(tmp_path / "env")
     environment.python.parent.mkdir(parents=True)
     environment.python.symlink_to(sys.executable)
-    with pytest.raises(PeerFailed, match=r"exited with 1; see .*install\.log"):
+    with pytest.raises(BenchFailed, match=r"exited with 1; see .*install\.log"):
         LlamaCpp(environment).launch(tmp_path / "model/base", {}, port=9000, threads=2)
     assert list((tmp_path / "model/gguf").iterdir()) == []
 
@@ -98,7 +98,7 @@ def test_every_server_has_an_environment_of_its_own(tmp_path: Path) -> None:
 
 def test_names_are_checked() -> None:
     assert parse_names("peft,vllm,peft") == ("peft", "vllm")
-    with pytest.raises(PeerFailed, match=r"no peer 'sglang'; there is vllm, llama\.cpp, peft"):
+    with pytest.raises(BenchFailed, match=r"no peer 'sglang'; there is vllm, llama\.cpp, peft"):
         parse_names("sglang")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import BenchFailed
 from bench.peers import run
-from bench.peers.errors import PeerFailed
 from bench.peers.load import SETTINGS, Load, Setting
 from bench.peers.ratios import Comparison
 from bench.peers.run import Bench
@@ -25,7 +25,7 @@ class FakeRunner:
     def turn(self, load: Load, *, warm_up: bool) -> Turn:
         self._count += 1
         if self._count >= self._fails:
-            raise PeerFailed(f"{self.name}: the device is lost")
+            raise BenchFailed(f"{self.name}: the device is lost")
         self._log.append((self.name, load.seed, warm_up))
         return Turn(self._rate)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.peers.errors import PeerFailed
+from bench.errors import BenchFailed
 from bench.peers.load import SETTINGS, Load, parse_settings, seeds
 from bench.peers.transformers_peft import batches, load_model, run
 from bench.peers.turns import ServerTurns, peft_turns
@@ -46,7 +46,7 @@ async def test_a_turn_with_an_incomplete_answer_does_not_count() -> None:
     fake = FakeCompletions(fault=lambda number, body: "503" if number == 2 else None)
     async with fake.serving() as url:
         turns = ServerTurns(Target("fake", url, model="base"))
-        with pytest.raises(PeerFailed, match="fake: 1 requests failed, HTTP 503: the queue is full"):
+        with pytest.raises(BenchFailed, match="fake: 1 requests failed, HTTP 503: the queue is full"):
             await asyncio.to_thread(turns.turn, SMALL, warm_up=False)
 
 
@@ -87,7 +87,7 @@ def test_peft_takes_turns_in_a_process_of_its_own(generated: Path, tmp_path: Pat
 def test_a_process_that_ends_is_named_by_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with (
-        pytest.raises(PeerFailed, match=f"peft: the process ended; see {log}"),
+        pytest.raises(BenchFailed, match=f"peft: the process ended; see {log}"),
         peft_turns(tmp_path / "none", {}, 1, log),
     ):
         pass
@@ -105,5 +105,5 @@ def test_settings_are_those_of_the_measurements() -> None:
     assert (mixed.ranks, rank8.ranks) == ((8, 16, 32, 64), (8,))
     assert base.load == mixed.load == rank8.load == Load(requests=32, concurrency=16)
     assert single.load.concurrency == 1
-    with pytest.raises(PeerFailed, match="no setting 'huge'; there is base, mixed, rank8, single"):
+    with pytest.raises(BenchFailed, match="no setting 'huge'; there is base, mixed, rank8, single"):
         parse_settings("base,huge")

@@ -1,6 +1,8 @@
 """One rank of a group, without a router: loads a model and adapters, runs fixed steps, tells what came of it.
 
-python -m tests.shard.parallel.rank_main JOB.json RANK OUT.json
+One job after another: a line of JSON each on standard input, and one on standard output.
+
+    python -m tests.shard.parallel.rank_main RANK
 """
 
 from __future__ import annotations
@@ -161,14 +163,15 @@ class Runner:
         return result, dict(ranks.calls)
 
 
-def main(job_file: str, rank: str, out: str) -> None:
+def main(rank: int) -> None:
     torch.set_num_threads(1)
-    job = Job(**json.loads(Path(job_file).read_text()))
-    Path(out).write_text(json.dumps(asdict(Runner(job, int(rank)).run())))
-    if job.size > 1:
-        dist.barrier()  # a rank that ends takes the connections of those with it that are still busy
-        dist.destroy_process_group()
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        print(json.dumps(asdict(Runner(job, rank).run())), flush=True)
+        if job.size > 1:
+            dist.barrier()  # a rank that leaves takes the connections of those with it that are still busy
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]))

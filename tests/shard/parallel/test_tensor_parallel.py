@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +10,7 @@ import torch
 
 from ... import tiny
 from .rank_main import Done, Job, Runner
+from .rank_pool import RankPool
 from .recipes import recipes
 
 ARCHITECTURES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "mixtral", "qwen3_moe")
@@ -26,44 +22,13 @@ PROMPTS = [
     [17] * 11,
     [299, 0, 150],
 ]
-ROOT = Path(__file__).resolve().parents[3]
-SECONDS = 120.0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def in_ranks(job: Job, folder: Path, size: int = 2) -> list[Done]:
-    """Run a job on ranks of their own; what each tells. Their logs are in `folder`."""
-    job = replace(job, size=size, master=f"127.0.0.1:{free_port()}")
-    (folder / "job.json").write_text(json.dumps(asdict(job)))
-    processes = []
-    for rank in range(size):
-        command = [sys.executable, "-P", "-c", _MAIN, str(folder / "job.json"), str(rank)]
-        with (folder / f"{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen([*command, str(folder / f"{rank}.json")], cwd=ROOT, stdout=log, stderr=log)
-            )
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-        logs = "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(size))
-        assert not any(codes), logs
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [Done(**json.loads((folder / f"{rank}.json").read_text())) for rank in range(size)]
-
-
-_MAIN = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests.shard.parallel.rank_main import main
-main(*sys.argv[1:])
-"""
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
 
 
 def alone(job: Job) -> Done:
@@ -81,7 +46,7 @@ def assert_same(got: Done, want: Done) -> None:
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_two_ranks_give_what_one_process_gives(
-    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path, pool: RankPool
 ) -> None:
     base = tiny_model(kind)
     adapters: list[str | None] = [None]
@@ -89,7 +54,7 @@ def test_two_ranks_give_what_one_process_gives(
         adapters.append(str(tiny.build_adapter(base, tmp_path / name, recipe, seed=seed)))
     rows = [*adapters, adapters[1]]
     job = Job(str(base), PROMPTS[: len(rows)], rows)
-    ranks, whole = in_ranks(job, tmp_path), alone(job)
+    ranks, whole = pool.run(job), alone(job)
     assert_same(ranks[0], whole)
     assert ranks[1].tokens == ranks[0].tokens
     assert len({tuple(tokens) for tokens in ranks[0].tokens}) > 1
@@ -101,16 +66,16 @@ def test_two_ranks_give_what_one_process_gives(
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "gemma2"])
 def test_every_kind_of_change_on_two_ranks(
-    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    kind: str, tiny_model: Callable[[str], Path], pool: RankPool
 ) -> None:
     rows: list[str | None] = [None, *(f"every:{number}" for number in range(8))]
     job = Job(str(tiny_model(kind)), [PROMPTS[row % len(PROMPTS)] for row in range(len(rows))], rows)
-    assert_same(in_ranks(job, tmp_path)[0], alone(job))
+    assert_same(pool.run(job)[0], alone(job))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
 def test_vocabularies_of_several_sizes_on_two_ranks(
-    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    kind: str, tiny_model: Callable[[str], Path], pool: RankPool
 ) -> None:
     rows: list[str | None] = [None, "vocabulary:320", "vocabulary:280", "vocabulary:100", "vocabulary:320"]
     prompts = [PROMPTS[0], [310, 5, 319, 2], [1, 279, 3], [99, 1, 2, 3], [7, 8]]
@@ -118,23 +83,23 @@ def test_vocabularies_of_several_sizes_on_two_ranks(
         start = rows.index(case[0])
         chosen = prompts[: len(case)] if start == 0 else [*prompts[2:4], prompts[0]]
         job = Job(str(tiny_model(kind)), chosen, case)
-        assert_same(in_ranks(job, tmp_path)[0], alone(job))
+        assert_same(pool.run(job)[0], alone(job))
 
 
 def test_ranks_share_kv_heads_where_there_are_fewer(
-    tiny_model: Callable[[str], Path], tmp_path: Path
+    tiny_model: Callable[[str], Path], tmp_path: Path, pool: RankPool
 ) -> None:
     """Four ranks, two KV heads."""
     base = tiny_model("llama")
     adapter = str(tiny.build_adapter(base, tmp_path / "dora", recipes("llama")["dora"], seed=1))
     job = Job(str(base), PROMPTS[:3], [None, adapter, "every:0"])
-    assert_same(in_ranks(job, tmp_path, size=4)[0], alone(job))
+    assert_same(pool.run(job, size=4)[0], alone(job))
 
 
-def test_adapters_add_no_collective(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_adapters_add_no_collective(tiny_model: Callable[[str], Path], pool: RankPool) -> None:
     base = str(tiny_model("llama"))
-    plain = in_ranks(Job(base, PROMPTS[:2], [None, None]), tmp_path)[0]
-    adapted = in_ranks(Job(base, PROMPTS[:2], ["every:0", "every:1"]), tmp_path)[0]
+    plain = pool.run(Job(base, PROMPTS[:2], [None, None]))[0]
+    adapted = pool.run(Job(base, PROMPTS[:2], ["every:0", "every:1"]))[0]
     # Of each layer the attention's output and the MLP's; of the model its embeddings, logits and tokens.
     expected = {"sum": 2 * plain.layers + 1, "join": 1, "from_first": 1}
     assert plain.prefill_calls == plain.decode_calls == expected

@@ -9,10 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.peers import server
-from bench.peers.errors import PeerFailed
-from bench.peers.server import Launch, running
-from bench.router_cost import free_port
+from bench import server
+from bench.errors import BenchFailed
+from bench.server import Launch, free_port, running
 
 SERVE = """
 import http.server, subprocess, sys
@@ -35,10 +34,10 @@ def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_server_is_entered_ready_and_takes_its_children_with_it(tmp_path: Path) -> None:
+def test_a_startedis_entered_ready_and_takes_its_children_with_it(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "logs/server.log"
-    with running(python(SERVE, str(port)), port, log) as url:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+    with running(python(SERVE, str(port)), port, log) as started:
+        with urllib.request.urlopen(f"{started.url}/health", timeout=5) as answer:
             assert answer.status == 200
         child = int(log.read_text().split()[0])
         assert is_running(child)
@@ -46,19 +45,19 @@ def test_a_server_is_entered_ready_and_takes_its_children_with_it(tmp_path: Path
     assert not is_running(child)
 
 
-def test_a_server_that_ends_at_once_is_named_by_its_log(tmp_path: Path) -> None:
+def test_a_startedthat_ends_at_once_is_named_by_its_log(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     with (
-        pytest.raises(PeerFailed, match=f"ended with 3 before it was ready; see {log}"),
+        pytest.raises(BenchFailed, match=f"ended with 3 before it was ready; see {log}"),
         running(python("raise SystemExit(3)"), free_port(), log),
     ):
         pass
 
 
-def test_a_server_that_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_startedthat_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "START_SECONDS", 0.0)
     with (
-        pytest.raises(PeerFailed, match="not ready after 0 s"),
+        pytest.raises(BenchFailed, match="not ready after 0 s"),
         running(python("import time; time.sleep(60)"), free_port(), tmp_path / "log"),
     ):
         pass
@@ -66,6 +65,6 @@ def test_a_server_that_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pyt
 
 def test_the_environment_is_added_to(tmp_path: Path) -> None:
     launch = Launch((sys.executable, "-c", "import os; print(os.environ['HOW'])"), "/", {"HOW": "so"})
-    with pytest.raises(PeerFailed), running(launch, free_port(), tmp_path / "log"):
+    with pytest.raises(BenchFailed), running(launch, free_port(), tmp_path / "log"):
         pass
     assert (tmp_path / "log").read_text() == "so\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import PeerFailed
+from .errors import BenchFailed
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
@@ -28,11 +29,23 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def running(launch: Launch, port: int, log: Path) -> Iterator[str]:
-    """Run a server, its output in `log`: yields its URL once it is ready, and ends its whole process group.
+@dataclass(frozen=True, slots=True)
+class Running:
+    url: str
+    pid: int
 
-    Raises PeerFailed where it ends or stays silent instead of getting ready.
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(launch: Launch, port: int, log: Path) -> Iterator[Running]:
+    """Run a server, its output in `log`: yields once it is ready, and ends its whole process group.
+
+    Raises BenchFailed where it ends or stays silent instead of getting ready.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -47,7 +60,7 @@ def running(launch: Launch, port: int, log: Path) -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(process, url + launch.ready_path, log)
-        yield url
+        yield Running(url, process.pid)
     finally:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -60,9 +73,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     deadline = time.monotonic() + START_SECONDS
     while not _answers(url):
         if (code := process.poll()) is not None:
-            raise PeerFailed(f"a server ended with {code} before it was ready; see {log}")
+            raise BenchFailed(f"a server ended with {code} before it was ready; see {log}")
         if time.monotonic() > deadline:
-            raise PeerFailed(f"a server was not ready after {START_SECONDS:.0f} s; see {log}")
+            raise BenchFailed(f"a server was not ready after {START_SECONDS:.0f} s; see {log}")
         time.sleep(0.25)
 
 
