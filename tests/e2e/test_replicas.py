@@ -138,3 +138,23 @@ def test_a_stopped_server_leaves_nothing(arguments: list[str], tmp_path: Path) -
         assert server.complete("alpha", "hello")["usage"]["completion_tokens"] == 8
         assert server.stop() == 0
     assert "ERROR" not in (tmp_path / "log").read_text()
+
+
+async def test_each_of_two_groups_of_two_ranks_is_kept_by_itself(
+    arguments: list[str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    """What is asked of both groups is what one process answers; a lost rank takes one group only."""
+    with serving([*arguments, "--tp", "2", "--replicas", "2"], tmp_path / "log") as server:
+        assert [(group["tp"], group["ready"]) for group in server.get("/info")["groups"]] == [(2, True)] * 2
+        ranks = server.find_all("shard")
+        assert len(ranks) == 4
+        models = [MODELS[index % 3] for index in range(24)]
+        streams = await stream_all(server.url, [body(model) for model in models])
+        assert [stream.text for stream in streams] == [expected[model] for model in models]
+        assert all(count >= 4 for count in admissions(server))
+        os.kill(ranks[-1], signal.SIGKILL)
+        await asyncio.to_thread(until, lambda: sorted(ready(server)) == [False, True])
+        streams = await stream_all(server.url, [body(model) for model in models])
+        assert [stream.text for stream in streams] == [expected[model] for model in models]
+        await asyncio.to_thread(until, lambda: ready(server) == [True, True])
+        assert len({*ranks} & {*server.find_all("shard")}) == 2

@@ -48,11 +48,12 @@ class Room:
         return True
 
 
-@dataclass
 class RoomOps(CpuLoraOps):
     """The CPU's operators, of routings in reserved room too."""
 
-    launches: int = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
 
     def start_lora(self, x: torch.Tensor, placed: Placed, table: SiteTable) -> LoraDelta:
         self.launches += 1

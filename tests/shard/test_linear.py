@@ -19,6 +19,7 @@ class Counting(CpuLoraOps):
     """A base weight that counts its GEMMs, and an operator that records its calls."""
 
     def __init__(self, *linears: nn.Linear) -> None:
+        super().__init__()
         self._dense = DenseWeight.stack(
             [DenseWeight(m.weight.data, None if m.bias is None else m.bias.data) for m in linears]
         )
