@@ -26,9 +26,10 @@ import aiohttp
 
 from loraplex.child import loraplex_command
 from loraplex.demo import ADAPTERS, MODEL_DIR
+from loraplex.ports import free_port
 
 from .errors import BenchFailed
-from .server import Launch, free_port, running
+from .server import Launch, running
 
 STEP = 0.02
 """Seconds between two looks."""
@@ -74,14 +75,19 @@ AT_ONCE = {"decode": 4, "prompts": 16, "adapter loads": 2}
 """Streams of each load."""
 
 
+async def answered(session: aiohttp.ClientSession, url: str, body: Body) -> bool:
+    """Whether a request gets its whole answer."""
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            return response.status == 200 and b"[DONE]" in await response.read()
+    except aiohttp.ClientError:
+        return False
+
+
 async def stream_on(session: aiohttp.ClientSession, url: str, bodies: Iterator[Body]) -> None:
     """One request after another, until cancelled; what becomes of them is the tests' business."""
     for body in bodies:
-        try:
-            async with session.post(f"{url}/v1/completions", json=body) as response:
-                await response.read()
-            await asyncio.sleep(0.0 if response.status == 200 else 0.2)
-        except aiohttp.ClientError:
+        if not await answered(session, url, body):
             await asyncio.sleep(0.2)
 
 
@@ -92,12 +98,6 @@ async def groups_lost(session: aiohttp.ClientSession, url: str) -> float:
             if name == "loraplex_shard_groups_lost_total":
                 return float(value)
     raise BenchFailed("the router does not count lost groups")
-
-
-async def serves(session: aiohttp.ClientSession, url: str) -> bool:
-    """Whether a short request is answered."""
-    async with session.post(f"{url}/v1/completions", json=completion("base", 3, 1)) as response:
-        return response.status == 200 and b"[DONE]" in await response.read()
 
 
 async def seconds_until(condition: Callable[[], Any]) -> float:
@@ -114,10 +114,8 @@ def pid_of_rank(server: int, rank: int) -> int:
     for children in Path(f"/proc/{server}/task").glob("*/children"):
         for pid in children.read_text().split():
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            # A rank 0 is started without its number, which is the default.
-            if "shard" in words and (
-                f"--rank={rank}" in words or not (rank or any("--rank=" in w for w in words))
-            ):
+            told = [word.partition("=")[2] for word in words if word.startswith("--rank=")] or ["0"]
+            if "shard" in words and told == [str(rank)]:
                 return int(pid)
     raise BenchFailed(f"no rank {rank} below {server}")
 
@@ -128,6 +126,8 @@ async def lose(url: str, server: int, load: str, rank: int, number: signal.Signa
     with tempfile.TemporaryDirectory(prefix="copies-", dir=SHARED) as folder:
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
             bodies = LOADS[load](folder)
+            if not await answered(session, url, next(bodies)):
+                raise BenchFailed(f"{load}: a request was not answered in full while nothing was wrong")
             tasks = [asyncio.create_task(stream_on(session, url, bodies)) for _ in range(AT_ONCE[load])]
             await asyncio.sleep(1.0)
             os.kill(pid_of_rank(server, rank), number)
@@ -136,7 +136,7 @@ async def lose(url: str, server: int, load: str, rank: int, number: signal.Signa
                 return await groups_lost(session, url) > 0
 
             async def again() -> bool:
-                return await serves(session, url)
+                return await answered(session, url, completion("base", 3, 1))
 
             detected = await seconds_until(noticed)
             for task in tasks:
@@ -150,13 +150,8 @@ def measure() -> list[dict[str, Any]]:
     print(f"{'load':14} rank signal   noticed, s   back after, s")
     for load, rank, number in itertools.product(LOADS, (0, 1), (signal.SIGKILL, signal.SIGSTOP)):
         port = free_port()
-        settings = [
-            "--served-model-name=base",
-            "--tp=2",
-            f"--port={port}",
-            "--grpc-port=0",
-            "--drain-timeout=1",
-        ]
+        settings = ["--served-model-name=base", "--tp=2", "--drain-timeout=1"]
+        settings += [f"--port={port}", "--grpc-port=0"]
         settings += [f"--adapter={name}={path}" for name, path in ADAPTERS.items()]
         settings += [f"--adapter-root={SHARED}"]
         launch = Launch(loraplex_command("serve", *settings, str(MODEL_DIR)), "/health/ready")

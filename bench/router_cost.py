@@ -20,10 +20,9 @@ import time
 import urllib.request
 from pathlib import Path
 
+from loraplex.ports import free_port
 from loraplex.router.config import RouterConfig
 from loraplex.router.main import run as run_router
-
-from .server import free_port
 
 WARM_UP_TOKENS = 200
 

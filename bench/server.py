@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -33,12 +32,6 @@ class Launch:
 class Running:
     url: str
     pid: int
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -73,7 +66,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     deadline = time.monotonic() + START_SECONDS
     while not _answers(url):
         if (code := process.poll()) is not None:
-            raise BenchFailed(f"a server ended with {code} before it was ready; see {log}")
+            words = log.read_text(errors="replace").splitlines()[-1:]
+            raise BenchFailed(
+                "\n".join([f"a server ended with {code} before it was ready; see {log}", *words])
+            )
         if time.monotonic() > deadline:
             raise BenchFailed(f"a server was not ready after {START_SECONDS:.0f} s; see {log}")
         time.sleep(0.25)

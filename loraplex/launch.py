@@ -18,6 +18,7 @@ from typing import NoReturn
 from .child import Child, Program, describe_exit, loraplex_command
 from .handshake import rehearse
 from .keeper import REFUSED, GroupKeeper, LaunchFailed, RestartPolicy
+from .ports import hold_port, listen
 from .probes import until_router_ready, until_shard_ready
 from .proto.credentials import Credentials, is_loopback, read_credentials
 from .router.config import RouterConfig
@@ -264,9 +265,8 @@ def _with_ports(router: RouterConfig, shard_host: str, shards: int) -> tuple[Rou
 
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        return listen(host, port) if port else hold_port(host)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
         raise LaunchFailed(

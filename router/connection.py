@@ -58,7 +58,7 @@ class Deadlines:
     """A download may be silent this long between two events."""
     step: float = 20.0
     step_token: float = 0.5
-    reconnect: float = 2.0
+    reconnect: float = 0.5
     """Most seconds between two tries to reach a group."""
 
     def of(self, plan: shard_pb2.StepPlan) -> float:

@@ -133,7 +133,7 @@ async def _serve(
     try:
         port = listen(server, config.host, config.port, credentials)
     except RuntimeError:
-        return _refuse(f"cannot listen on {config.host}:{config.port}; is the port taken?")
+        return _refuse(f"cannot listen on {config.host}:{config.port}; is the port taken?", EXIT_FATAL)
     await health.set(READINESS, health_pb2.HealthCheckResponse.SERVING)
     await store.start()
     await server.start()

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.loadtest.plan import Target
+from loraplex.ports import free_port
 
 from ..errors import BenchFailed
-from ..server import free_port, running
+from ..server import running
 from .load import SETTINGS, Setting, parse_settings, seeds
 from .model import write_all
 from .ours import Loraplex

@@ -11,7 +11,8 @@ import pytest
 
 from bench import server
 from bench.errors import BenchFailed
-from bench.server import Launch, free_port, running
+from bench.server import Launch, running
+from loraplex.ports import free_port
 
 SERVE = """
 import http.server, subprocess, sys
@@ -34,7 +35,7 @@ def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_startedis_entered_ready_and_takes_its_children_with_it(tmp_path: Path) -> None:
+def test_a_server_is_entered_ready_and_takes_its_children_with_it(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "logs/server.log"
     with running(python(SERVE, str(port)), port, log) as started:
         with urllib.request.urlopen(f"{started.url}/health", timeout=5) as answer:
@@ -45,7 +46,7 @@ def test_a_startedis_entered_ready_and_takes_its_children_with_it(tmp_path: Path
     assert not is_running(child)
 
 
-def test_a_startedthat_ends_at_once_is_named_by_its_log(tmp_path: Path) -> None:
+def test_a_server_that_ends_at_once_is_named_by_its_log(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     with (
         pytest.raises(BenchFailed, match=f"ended with 3 before it was ready; see {log}"),
@@ -54,7 +55,15 @@ def test_a_startedthat_ends_at_once_is_named_by_its_log(tmp_path: Path) -> None:
         pass
 
 
-def test_a_startedthat_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_last_words_are_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BenchFailed, match=r"\nthe port is taken$"),
+        running(python("print('so'); raise SystemExit('the port is taken')"), free_port(), tmp_path / "log"),
+    ):
+        pass
+
+
+def test_a_server_that_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "START_SECONDS", 0.0)
     with (
         pytest.raises(BenchFailed, match="not ready after 0 s"),

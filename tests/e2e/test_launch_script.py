@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from loraplex.demo import MODEL_DIR
+from loraplex.ports import free_port
 
 from .parts import Part, complete, gone, running
-from .server import free_port
 
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "launch_tp.sh"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from loraplex.demo import MODEL_DIR
+from loraplex.ports import free_port
 
 from ..fakes.shard import make_info
 from ..fakes.shard_server import FakeServicer, fake_server
 from .parts import LORAPLEX, complete, gone, running
-from .server import free_port
 
 TORCHRUN = (sys.executable, "-P", "-m", "torch.distributed.run")
 

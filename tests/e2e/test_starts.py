@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from .server import OPENER, free_port, serving
+from loraplex.ports import free_port
+
+from .server import OPENER, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 DEAD = "http://127.0.0.1:9"

@@ -9,9 +9,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loraplex.ports import free_port
+
 from ..fakes.certificates import Authority, Identity
 from .parts import LORAPLEX, complete, running
-from .server import Server, free_port, serving
+from .server import Server, serving
 
 NO_PROXY = [("grpc.enable_http_proxy", 0)]
 

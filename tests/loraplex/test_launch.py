@@ -17,6 +17,7 @@ import pytest
 from loraplex.child import child_environment
 from loraplex.keeper import LaunchFailed, RestartPolicy
 from loraplex.launch import rank_programs, serve
+from loraplex.ports import free_port
 from loraplex.router.config import RouterConfig
 from loraplex.shard.config import ShardConfig
 
@@ -38,7 +39,7 @@ class Launcher:
     ) -> None:
         self.journal = folder / "journal"
         self.output = folder / "output"
-        router_port, *shard_ports = free_ports(1 + len(shards))
+        router_port, *shard_ports = (free_port() for _ in range(1 + len(shards)))
         plan = {
             "shards": [self._child("shard", *each) for each in zip(shard_ports, shards, strict=True)],
             "router": self._child("router", router_port, router),
@@ -98,14 +99,6 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         launcher.process.kill()
         launcher.process.wait()
         until(lambda at=launcher: not any(map(alive, at.pids())), "the end of every child")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from loraplex.ports import free_port
 
 from .rank_main import Done, Job
 
@@ -35,7 +36,7 @@ class RankPool:
 
     def run(self, job: Job, size: int = 2) -> list[Done]:
         """What each rank of a group tells of the job."""
-        job = replace(job, size=size, master=f"127.0.0.1:{_free_port()}")
+        job = replace(job, size=size, master=f"127.0.0.1:{free_port()}")
         while len(self._ranks) < size:
             self._ranks.append(self._start(len(self._ranks)))
         ranks = self._ranks[:size]
@@ -79,9 +80,3 @@ class RankPool:
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"{rank}.log"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
