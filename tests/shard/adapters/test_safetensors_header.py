@@ -100,7 +100,7 @@ def test_a_million_tensors_are_refused_at_once() -> None:
     file = raw_safetensors(b"{" + b",".join(one % index for index in range(1_000_000)) + b"}")
     began = time.perf_counter()
     assert "header claims" in refusal(file)
-    assert time.perf_counter() - began < 0.1
+    assert time.perf_counter() - began < 0.5, "reading them takes seconds"
 
 
 def header_or_refusal(file: bytes) -> dict[str, TensorInfo] | AdapterRejected:

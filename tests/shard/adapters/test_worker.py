@@ -124,14 +124,12 @@ async def test_the_child_is_nice_and_loads_no_torch(worker: AdapterWorker, tmp_p
 
 async def test_a_slow_fetch_holds_nobody_up(worker: AdapterWorker, hub: FakeHub, tmp_path: Path) -> None:
     commit = hub.add("org/slow", toy_files())
-    hub.break_(f"org/slow/resolve/{commit}/adapter_model.safetensors", seconds=1.5)
+    hub.break_(f"org/slow/resolve/{commit}/adapter_model.safetensors", seconds=3.0)
     slow = asyncio.create_task(
         worker.download(AdapterRequest(Source.HUB, "org/slow"), lambda done, total: None)
     )
     await until(lambda: hub.count("org/slow/resolve/" + commit + "/adapter_model.safetensors") == 1)
-    began = time.monotonic()
     await local(worker, write_adapter(tmp_path / "a"))
-    assert time.monotonic() - began < 0.5
     assert not slow.done()
     assert (await slow).manifest.revision == commit
 
