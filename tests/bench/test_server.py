@@ -58,7 +58,11 @@ def test_a_server_that_ends_at_once_is_named_by_its_log(tmp_path: Path) -> None:
 def test_its_last_words_are_told(tmp_path: Path) -> None:
     with (
         pytest.raises(BenchFailed, match=r"\nthe port is taken$"),
-        running(python("print('so'); raise SystemExit('the port is taken')"), free_port(), tmp_path / "log"),
+        running(
+            python("print('so', flush=True); raise SystemExit('the port is taken')"),
+            free_port(),
+            tmp_path / "log",
+        ),
     ):
         pass
 

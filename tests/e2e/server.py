@@ -114,6 +114,14 @@ class Server:
         found = (re.fullmatch(r"(\S+(?:\{.*\})?) (\S+)", line) for line in lines if not line.startswith("#"))
         return {match[1]: float(match[2]) for match in found if match}
 
+    def generate(self, tokens: int, seconds: float = 30.0) -> None:
+        """Wait until so many more tokens have been generated."""
+        name = "loraplex_generated_tokens_total"
+        wanted, deadline = self.metrics()[name] + tokens, time.monotonic() + seconds
+        while self.metrics()[name] < wanted:
+            assert time.monotonic() < deadline, f"no {tokens} tokens in {seconds} s"
+            time.sleep(0.01)
+
     def tree(self) -> list[int]:
         """Process ids of the server and everything below it."""
         return [self.process.pid, *descendants(self.process.pid)]

@@ -35,9 +35,9 @@ async def test_a_killed_shard_is_restarted_and_requests_end_or_run_again(
         shard, before = server.find("shard"), server.tree()
         async with client() as session:
             running = [
-                asyncio.create_task(stream_one(session, server.url, body("alpha", 400))) for _ in range(4)
+                asyncio.create_task(stream_one(session, server.url, body("alpha", 500))) for _ in range(4)
             ]
-            await asyncio.sleep(0.3)
+            await asyncio.to_thread(server.generate, 80)
             os.kill(shard, signal.SIGKILL)
             streams = await asyncio.gather(*running)
             for stream in streams:
@@ -69,8 +69,8 @@ async def test_requests_without_a_token_survive_their_shard(arguments: list[str]
 
 async def test_sigterm_lets_running_streams_finish(arguments: list[str], tmp_path: Path) -> None:
     with serving(arguments, tmp_path / "log") as server:
-        running = asyncio.create_task(stream_all(server.url, [body(tokens=300)] * 8))
-        await asyncio.sleep(0.2)
+        running = asyncio.create_task(stream_all(server.url, [body(tokens=500)] * 48))
+        await asyncio.to_thread(server.generate, 1)
         pids = server.tree()
         server.process.send_signal(signal.SIGTERM)
         await asyncio.sleep(0.1)
@@ -87,8 +87,8 @@ async def test_sigterm_lets_running_streams_finish(arguments: list[str], tmp_pat
 
 async def test_sigterm_ends_what_outlasts_the_drain(arguments: list[str], tmp_path: Path) -> None:
     with serving([*arguments, "--drain-timeout", "0.5"], tmp_path / "log") as server:
-        running = asyncio.create_task(stream_all(server.url, [body(tokens=500)] * 40))
-        await asyncio.sleep(0.3)
+        running = asyncio.create_task(stream_all(server.url, [body(tokens=500)] * 200))
+        await asyncio.to_thread(server.generate, 1)
         server.process.send_signal(signal.SIGTERM)
         streams = await running
         assert all(stream.done or stream.error["code"] == "draining" for stream in streams)

@@ -89,7 +89,7 @@ async def test_a_killed_group_leaves_the_other_serving_and_comes_back(
             asyncio.create_task(stream_one(session, server.url, body(MODELS[index % 3], 400)))
             for index in range(12)
         ]
-        await asyncio.sleep(0.3)
+        await asyncio.to_thread(server.generate, 100)
         os.kill(shards[0], signal.SIGKILL)
         await asyncio.to_thread(until, lambda: sorted(ready(server)) == [False, True])
         assert server.status("/health/ready") == 200
@@ -123,7 +123,7 @@ async def test_a_group_that_is_told_to_stop_finishes_its_requests(
     lost = server.metrics()["loraplex_shard_groups_lost_total"]
     models = [MODELS[index % 3] for index in range(24)]
     running = asyncio.create_task(stream_all(server.url, [body(model, 200) for model in models]))
-    await asyncio.sleep(0.2)
+    await asyncio.to_thread(server.generate, 1)
     os.kill(shards[0], signal.SIGTERM)
     for model, stream in zip(models, await running, strict=True):
         assert stream.done

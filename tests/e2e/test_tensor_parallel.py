@@ -132,7 +132,7 @@ async def test_a_rank_that_goes_takes_its_group_with_it(
     for count, (rank, number) in enumerate(GOES, start=1):
         before = shards(pair)
         running = asyncio.create_task(stream_all(pair.url, work(two_adapters["beta"])))
-        await asyncio.sleep(0.3)
+        await asyncio.to_thread(pair.generate, 1)
         assert not running.done()
         os.kill(before[rank], number)
         await asyncio.to_thread(until, lambda n=count: lost(pair) == n)
