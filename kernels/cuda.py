@@ -14,12 +14,14 @@ from .device_tables import PARTS, VECTOR, DeviceTable, LoraTables
 from .launch import Argument, Kernel, Launcher
 from .ops import EmbeddingTable, Placed, Routing, SiteTable
 from .placement import (
-    DECODE_ROWS,
-    EXPAND_BLOCKS,
+    DECODE,
     GATE_BLOCKS,
     HEADER_BYTES,
-    PROMPT_ROWS,
+    PROMPT,
+    SHRINK_WARPS,
+    Family,
     Plan,
+    Splits,
     expand_grid,
     identity_of,
     plain_grid,
@@ -30,7 +32,6 @@ from .placement import (
 )
 
 BLOCK = 128
-SHRINK_BLOCK = 512
 """Threads."""
 ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}
 
@@ -47,23 +48,24 @@ class SideStream(Protocol):
         ...
 
 
-def _kernel(source: str, name: str, dtype: torch.dtype, rows: int) -> Kernel:
-    defines = (("ELEMENT", ELEMENTS[dtype]), ("ROWS", str(rows)), ("PARTS", str(PARTS)))
+def _kernel(source: str, name: str, dtype: torch.dtype, family: Family) -> Kernel:
+    numbers = {"ROWS": family.rows, "SPLITS": family.splits, "PARTS": PARTS}
+    defines = (("ELEMENT", ELEMENTS[dtype]), *((key, str(value)) for key, value in numbers.items()))
     return Kernel(source, name, defines)
 
 
 _HALVES = (torch.bfloat16, torch.float16)
-_FAMILIES = (DECODE_ROWS, PROMPT_ROWS)
-_SHRINK = {(t, r): _kernel("lora_shrink.cu", "lora_shrink", t, r) for t in _HALVES for r in _FAMILIES}
-_EXPAND = {(t, r): _kernel("lora_expand.cu", "lora_expand", t, r) for t in _HALVES for r in _FAMILIES}
-_GATE = {(t, r): _kernel("lora_expand.cu", "lora_gate", t, r) for t in _HALVES for r in _FAMILIES}
+_FAMILIES = (DECODE, PROMPT)
+_SHRINK = {(t, f): _kernel("lora_shrink.cu", "lora_shrink", t, f) for t in _HALVES for f in _FAMILIES}
+_EXPAND = {(t, f): _kernel("lora_expand.cu", "lora_expand", t, f) for t in _HALVES for f in _FAMILIES}
+_GATE = {(t, f): _kernel("lora_expand.cu", "lora_gate", t, f) for t in _HALVES for f in _FAMILIES}
 _PLAIN_SHRINK = {
-    (t, r): _kernel("lora_plain.cu", "lora_shrink_plain", t, r) for t in ELEMENTS for r in _FAMILIES
+    (t, f): _kernel("lora_plain.cu", "lora_shrink_plain", t, f) for t in ELEMENTS for f in _FAMILIES
 }
 _PLAIN_EXPAND = {
-    (t, r): _kernel("lora_plain.cu", "lora_expand_plain", t, r) for t in ELEMENTS for r in _FAMILIES
+    (t, f): _kernel("lora_plain.cu", "lora_expand_plain", t, f) for t in ELEMENTS for f in _FAMILIES
 }
-_EMBED = {(t, r): _kernel("lora_plain.cu", "lora_embed", t, r) for t in ELEMENTS for r in _FAMILIES}
+_EMBED = {(t, f): _kernel("lora_plain.cu", "lora_embed", t, f) for t in ELEMENTS for f in _FAMILIES}
 
 KERNELS: tuple[Kernel, ...] = tuple(
     kernel
@@ -77,7 +79,7 @@ KERNELS: tuple[Kernel, ...] = tuple(
 class TaskList:
     """The tasks of one family of kernels in device memory."""
 
-    chunk_rows: int
+    family: Family
     address: int
     limit: int
     """How many tasks there may be; how many there are is known to the device only."""
@@ -95,32 +97,33 @@ class DeviceRouting:
     ) -> None:
         """`decode`, `prompt`: tasks; `hidden`: values of x A^T."""
         self.is_reserved = reserved
-        sizes = [HEADER_BYTES + n * task_dtype(r).itemsize for n, r in ((decode, 16), (prompt, 64))]
-        self._prompt_offset = -(-sizes[0] // 16) * 16
-        self._buffer = torch.zeros(self._prompt_offset + sizes[1], dtype=torch.uint8, device=device)
+        decode_bytes, prompt_bytes = (
+            HEADER_BYTES + tasks * task_dtype(family.rows).itemsize
+            for tasks, family in ((decode, DECODE), (prompt, PROMPT))
+        )
+        self._prompt_offset = -(-decode_bytes // 16) * 16
+        self._buffer = torch.zeros(self._prompt_offset + prompt_bytes, dtype=torch.uint8, device=device)
         self._staging = torch.zeros_like(self._buffer, device="cpu", pin_memory=device.type == "cuda")
         self.hidden = torch.empty(max(1, hidden), dtype=torch.float32, device=device)
         self.holds: object = None
         """What its tasks were made from, where somebody wants to know."""
         address = self._buffer.data_ptr()
         families = (
-            TaskList(DECODE_ROWS, address, decode),
-            TaskList(PROMPT_ROWS, address + self._prompt_offset, prompt),
+            TaskList(DECODE, address, decode),
+            TaskList(PROMPT, address + self._prompt_offset, prompt),
         )
-        self.lists = tuple(family for family in families if family.limit)
+        self.lists = tuple(tasks for tasks in families if tasks.limit)
 
     def write(self, plan: Plan) -> bool:
         """Take the tasks of a plan, in the order of the current stream. False, and nothing changes, where
         they do not fit."""
         staging = self._staging.numpy()
-        limits = {family.chunk_rows: family.limit for family in self.lists}
-        fits = len(plan.decode) <= limits.get(DECODE_ROWS, 0) and len(plan.prompt) <= limits.get(
-            PROMPT_ROWS, 0
-        )
+        limits = {tasks.family: tasks.limit for tasks in self.lists}
+        fits = len(plan.decode) <= limits.get(DECODE, 0) and len(plan.prompt) <= limits.get(PROMPT, 0)
         if not fits or plan.hidden_values > self.hidden.numel():
             return False
-        write_tasks(staging, plan.decode)
-        write_tasks(staging[self._prompt_offset :], plan.prompt)
+        write_tasks(staging, plan.decode, plan.stretches)
+        write_tasks(staging[self._prompt_offset :], plan.prompt, plan.stretches)
         self._buffer.copy_(self._staging, non_blocking=True)
         return True
 
@@ -161,7 +164,9 @@ class CudaLoraOps:
             hidden: values of x A^T, all rows and ranks together; a routing that needs more does not fit.
         """
         self._tables.fix(slots)
-        return DeviceRouting(self._device, decode=rows, prompt=0, hidden=hidden, reserved=True)
+        return DeviceRouting(
+            self._device, decode=rows, prompt=0, hidden=DECODE.splits * hidden, reserved=True
+        )
 
     def fill(self, reserved: DeviceRouting, routing: Routing, rows: int) -> bool:
         """Put a routing, padded to so many rows, into reserved room, in the order of the current stream.
@@ -202,8 +207,8 @@ class CudaLoraOps:
         columns = np.int32(e.shape[1])
         for tasks in placed.lists:
             self._launcher.launch(
-                _EMBED[e.dtype, tasks.chunk_rows],
-                plain_grid(tasks.limit, tasks.chunk_rows, self._launcher.processors),
+                _EMBED[e.dtype, tasks.family],
+                plain_grid(tasks.limit, tasks.family.rows, self._launcher.processors),
                 BLOCK,
                 (e.data_ptr(), e.stride(0), columns, tokens.data_ptr(), tasks.address, *_table(table)),
             )
@@ -252,7 +257,7 @@ class CudaDelta:
     def is_gated(self) -> bool:
         """Whether `gate_into` is worth it: where there are prompts. In a decode step its warps would have two
         parts of B to wait for, one after the other."""
-        has_prompts = any(tasks.chunk_rows == PROMPT_ROWS for tasks in self._placed.lists)
+        has_prompts = any(tasks.family is PROMPT for tasks in self._placed.lists)
         return self._is_vectored and has_prompts and not self._is_idle
 
     def gate_into(self, out: torch.Tensor, y: torch.Tensor) -> None:
@@ -264,18 +269,10 @@ class CudaDelta:
         for tasks in self._placed.lists:
             limit = self._limit(tasks)
             self._launcher.launch(
-                _GATE[y.dtype, tasks.chunk_rows],
-                expand_grid(limit, tasks.chunk_rows, columns // 2, GATE_BLOCKS * processors),
+                _GATE[y.dtype, tasks.family],
+                expand_grid(limit, tasks.family, columns // 2, GATE_BLOCKS * processors),
                 BLOCK,
-                (
-                    out.data_ptr(),
-                    y.data_ptr(),
-                    y.stride(0),
-                    np.int32(columns),
-                    self._placed.hidden.data_ptr(),
-                    tasks.address,
-                    *_table(self._table),
-                ),
+                (out.data_ptr(), *self._expand_arguments(tasks, y)),
             )
 
     def _limit(self, tasks: TaskList) -> int:
@@ -293,34 +290,41 @@ class CudaDelta:
                 *_table(self._table),
                 np.int32(x.shape[1]),
             )
-            key, limit = (x.dtype, tasks.chunk_rows), self._limit(tasks)
-            if self._is_vectored:
-                grid = shrink_grid(limit, tasks.chunk_rows, processors)
-                self._launcher.launch(_SHRINK[key], grid, SHRINK_BLOCK, arguments)
-            else:
-                grid = plain_grid(limit, tasks.chunk_rows, processors)
-                self._launcher.launch(_PLAIN_SHRINK[key], grid, BLOCK, arguments)
+            family, limit = tasks.family, self._limit(tasks)
+            if not self._is_vectored:
+                grid = plain_grid(limit, family.rows, processors)
+                self._launcher.launch(_PLAIN_SHRINK[x.dtype, family], grid, BLOCK, arguments)
+                continue
+            splits = Splits.of(x.shape[1], family)
+            self._launcher.launch(
+                _SHRINK[x.dtype, family],
+                shrink_grid(limit, family, splits.count, processors),
+                32 * SHRINK_WARPS,
+                (*arguments, np.int32(splits.slice)),
+            )
 
     def _expand(self, y: torch.Tensor) -> None:
-        columns, processors = y.shape[1], self._launcher.processors
+        processors = self._launcher.processors
         for tasks in self._placed.lists:
-            arguments = (
-                y.data_ptr(),
-                y.stride(0),
-                np.int32(columns),
-                self._placed.hidden.data_ptr(),
-                tasks.address,
-                *_table(self._table),
-            )
-            key, limit = (y.dtype, tasks.chunk_rows), self._limit(tasks)
+            family, limit = tasks.family, self._limit(tasks)
             if self._is_vectored:
-                kernel, grid = (
-                    _EXPAND[key],
-                    expand_grid(limit, tasks.chunk_rows, columns, EXPAND_BLOCKS * processors),
-                )
+                kernel = _EXPAND[y.dtype, family]
+                grid = expand_grid(limit, family, y.shape[1], family.expand_blocks * processors)
             else:
-                kernel, grid = _PLAIN_EXPAND[key], plain_grid(limit, tasks.chunk_rows, processors)
-            self._launcher.launch(kernel, grid, BLOCK, arguments)
+                kernel, grid = _PLAIN_EXPAND[y.dtype, family], plain_grid(limit, family.rows, processors)
+            self._launcher.launch(kernel, grid, BLOCK, self._expand_arguments(tasks, y))
+
+    def _expand_arguments(self, tasks: TaskList, y: torch.Tensor) -> tuple[Argument, ...]:
+        splits = Splits.of(self._x.shape[1], tasks.family).count
+        return (
+            y.data_ptr(),
+            y.stride(0),
+            np.int32(y.shape[1]),
+            self._placed.hidden.data_ptr(),
+            *((np.int32(splits),) if self._is_vectored else ()),
+            tasks.address,
+            *_table(self._table),
+        )
 
 
 def _table(table: DeviceTable) -> tuple[Argument, ...]:

@@ -22,6 +22,8 @@ SPLIT = 512
 """Tokens of one part of a row's attention: fixed, so that a row's sums do not depend on its company."""
 FAST_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that tensor cores are used for."""
+ATTENTION_BLOCKS = 2
+"""That a processor holds at once."""
 BLOCK_TOKENS = 16
 """Of which a KV block holds a multiple, where they are."""
 HEAD_ROWS = (8, 16)
@@ -179,32 +181,26 @@ class CudaDecoderOps:
         group = heads // kv_heads
         window = np.int32(_UNSEEN if scores.window is None else scores.window)
         numbers = (np.float32(scores.scale), np.float32(scores.softcap or 0.0), window)
-        places = (
-            tables.data_ptr(),
-            tables.stride(0),
-            lengths.data_ptr(),
-            np.int32(kv_heads),
-            np.int32(group),
-        )
+        places = (tables.data_ptr(), tables.stride(0), lengths.data_ptr())
+        heads_of_each = (np.int32(kv_heads), np.int32(group), np.int32(block_size))
         addresses = (q.data_ptr(), keys.data_ptr(), values.data_ptr())
         if not is_fast(q.dtype, dim, group, block_size):
             self._launcher.launch(
                 _plain_attention(q.dtype, dim),
                 (heads, rows, 1),
                 ATTENTION_THREADS,
-                (out.data_ptr(), *addresses, *places, np.int32(block_size), *numbers),
+                (out.data_ptr(), *addresses, *places, *heads_of_each, *numbers),
             )
             return
         splits = splits_of(tables.shape[1], block_size)
-        blocks = split_blocks(splits, rows * kv_heads, self._launcher.processors)
         rows_of_heads = head_rows(dim, group)
         self._launcher.launch(
             _attention("paged_attention", q.dtype, dim, rows_of_heads),
-            (blocks, kv_heads * (4 if dim > 128 else 1), rows),
+            attention_grid(rows * kv_heads * pieces_of(dim), splits, self._launcher.processors),
             ATTENTION_THREADS,
             (
                 *(out.data_ptr(), room.data_ptr(), *addresses, *places),
-                *(np.int32(block_size), np.int32(splits), *numbers),
+                *(np.int32(rows), *heads_of_each, np.int32(splits), *numbers),
             ),
         )
         if splits > 1:
@@ -237,14 +233,20 @@ def is_fast(dtype: torch.dtype, dim: int, group: int, block_size: int) -> bool:
     return dtype in HALVES and dim in FAST_DIMS and group <= HEAD_ROWS[-1] and is_paged
 
 
+def pieces_of(dim: int) -> int:
+    """Blocks that share the columns of one head's output."""
+    return 4 if dim > 128 else 1
+
+
 def splits_of(table_width: int, block_size: int) -> int:
     """Parts that the attention of a row can have at most."""
     return -(-table_width * block_size // SPLIT)
 
 
-def split_blocks(splits: int, heads: int, processors: int) -> int:
-    """Blocks that share the parts of one row and KV head: together some eight a processor."""
-    return max(1, min(splits, -(-8 * processors // max(1, heads))))
+def attention_grid(pieces: int, splits: int, processors: int) -> tuple[int, int, int]:
+    """Of so many pieces, each of rows with at most so many splits: as many blocks for each piece as there is
+    room for on the device."""
+    return pieces * max(1, min(splits, round(ATTENTION_BLOCKS * processors / max(1, pieces)))), 1, 1
 
 
 def attention_room(rows: int, heads: int, dim: int, splits: int) -> int:

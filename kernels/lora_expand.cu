@@ -8,8 +8,8 @@
 // eight columns that no part covers is not written by lora_expand; lora_gate writes every row that has a task, and
 // spares an MLP a pass over y.
 //
-// grid <any>: over tasks x strips of 128 columns x eight rows, one for each warp. block 128. Warps never wait for each
-// other; those of a block read the same strip of B where a list has many rows.
+// grid <any>: over tasks x strips of 64 columns x eight rows, so many for each warp. block 128. Warps never wait for each
+// other.
 #include "ptx.cuh"
 #include "lora_tables.cuh"
 #include "pairs.cuh"
@@ -20,63 +20,94 @@ using T = ELEMENT;
 
 #define WARPS 4
 
-// Where a unit lies in its task. In a chunk of a prompt the groups of rows come first, so that the warps of a block read
-// the same B; in one of decode rows the strips do, so that the groups a short list does not have fall to all warps alike.
-__device__ __forceinline__ int strip_of(int unit, int strips) { return ROWS > 16 ? unit / UNITS % strips : unit % strips; }
-__device__ __forceinline__ int group_of(int unit, int strips) { return ROWS > 16 ? unit % UNITS : unit / strips % UNITS; }
+// A warp's units, which follow each other: first the groups of a list's rows, which share B, then the strips, which share
+// the list.
+struct Walk {
+    const Tasks *tasks;
+    int task, strip, group, strips, left;
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
-    lora_expand(T *__restrict__ y, long long y_stride, int columns, const T *__restrict__ hidden,
+    __device__ __forceinline__ Walk(const Tasks *tasks, int columns) : tasks(tasks), strips((columns + STRIP - 1) / STRIP) {
+        const int units = tasks->count * strips * UNITS, warps = gridDim.x * WARPS, share = (units + warps - 1) / warps;
+        const int begin = (blockIdx.x * WARPS + threadIdx.x / 32) * share;
+        left = min(share, units - begin);
+        group = begin % UNITS;
+        strip = begin / UNITS % strips;
+        task = begin / UNITS / strips;
+    }
+    __device__ __forceinline__ Unit unit() const { return {&tasks->at(task), group * UNIT_ROWS, strip * STRIP}; }
+    __device__ __forceinline__ void advance() {
+        --left;
+        if (++group == UNITS) {
+            group = 0;
+            if (++strip == strips) {
+                strip = 0;
+                ++task;
+            }
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 3 : 5)
+    lora_expand(T *__restrict__ y, long long y_stride, int columns, const float *__restrict__ hidden, int splits,
                 const Tasks *__restrict__ tasks, const char *table, long long table_stride, int shares) {
+    __shared__ __align__(16) Adapter records[WARPS];
     const Table adapters = {table, table_stride, shares};
-    const int strips = (columns + STRIP - 1) / STRIP, units = tasks->count * strips * UNITS;
+    const Matrix<T> result = {y, y_stride, columns};
+    Desk desk = {records[threadIdx.x / 32], -1};
 
-    for (int unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += gridDim.x * WARPS) {
-        const Task *list = &tasks->task[unit / (strips * UNITS)];
-        const int column = strip_of(unit, strips) * STRIP, top = group_of(unit, strips) * UNIT_ROWS;
-        if (top >= list->count || !is_covered(list, adapters, column)) {
+    for (Walk walk(tasks, columns); walk.left > 0; walk.advance()) {
+        const Unit unit = walk.unit();
+        if (unit.top >= unit.list->count) {
             continue;
         }
-        T *rows[2];
-        find_rows(rows, y, y_stride, list, top);
-        float sum[8][4];
-        load_strip<T>(sum, rows, column, columns);
-        const int covered = add_list(sum, hidden, list, adapters, column, top);
-        store_strip(rows, column, sum, covered);
+        Strip strip;
+        add_list<T>(strip, result, hidden, splits, unit, adapters, desk);
+#pragma unroll
+        for (int i = 0; i < TILES * 2 && strip.is_covered; ++i) {
+            T *at = find(result, unit, i / 2, i % 2);
+            if (at) {
+                *(uint4 *)at = rounded<T>(strip.sum[i / 2], i % 2);
+            }
+        }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
-    lora_gate(T *__restrict__ out, const T *__restrict__ y, long long y_stride, int columns, const T *__restrict__ hidden,
-              const Tasks *__restrict__ tasks, const char *table, long long table_stride, int shares) {
+    lora_gate(T *__restrict__ out, const T *__restrict__ y, long long y_stride, int columns, const float *__restrict__ hidden,
+              int splits, const Tasks *__restrict__ tasks, const char *table, long long table_stride, int shares) {
+    __shared__ __align__(16) Adapter records[WARPS];
     const Table adapters = {table, table_stride, shares};
-    const int width = columns / 2, strips = (width + STRIP - 1) / STRIP, units = tasks->count * strips * UNITS;
+    const int width = columns / 2;
+    const Matrix<const T> base = {y, y_stride, columns};
+    const Matrix<T> result = {out, width, width};
+    Desk desk = {records[threadIdx.x / 32], -1};
 
-    for (int unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += gridDim.x * WARPS) {
-        const Task *list = &tasks->task[unit / (strips * UNITS)];
-        const int column = strip_of(unit, strips) * STRIP, top = group_of(unit, strips) * UNIT_ROWS;
-        if (top >= list->count || (list->length == 0 && list->slot >= 0)) {
+    for (Walk walk(tasks, width); walk.left > 0; walk.advance()) {
+        const Unit unit = walk.unit();
+        const Task *list = unit.list;
+        if (unit.top >= list->count || (list->length == 0 && list->slot >= 0)) {
             continue;
         }
-        const T *rows[2];
-        find_rows(rows, y, y_stride, list, top);
-        float sum[8][4];
-        uint4 gate[4];
-        load_strip<T>(sum, rows, column, width);
-        add_list(sum, hidden, list, adapters, column, top);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            gate[i] = rounded<T>(sum, i);
+        const Unit up = {list, unit.top, width + unit.column};
+        Strip strip;
+        uint4 gate[TILES][2];
+        add_list<T>(strip, base, hidden, splits, unit, adapters, desk);
+        if (!strip.is_loaded) {
+            load_strip<T>(strip, base, unit);
         }
-        load_strip<T>(sum, rows, width + column, columns);
-        add_list(sum, hidden, list, adapters, width + column, top);
-        T *targets[2];
-        find_rows(targets, out, width, list, top);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int at = lane_column(column, i / 2);
-            if (targets[i % 2] && at < width) {
-                *(uint4 *)(targets[i % 2] + at) = gated<T>(gate[i], rounded<T>(sum, i));
+        for (int i = 0; i < TILES * 2; ++i) {
+            gate[i / 2][i % 2] = rounded<T>(strip.sum[i / 2], i % 2);
+        }
+        add_list<T>(strip, base, hidden, splits, up, adapters, desk);
+        if (!strip.is_loaded) {
+            load_strip<T>(strip, base, up);
+        }
+#pragma unroll
+        for (int i = 0; i < TILES * 2; ++i) {
+            T *at = find(result, unit, i / 2, i % 2);
+            if (at) {
+                *(uint4 *)at = gated<T>(gate[i / 2][i % 2], rounded<T>(strip.sum[i / 2], i % 2));
             }
         }
     }

@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 8)
     const Table adapters = {table, table_stride, shares};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int item = blockIdx.x; item < tasks->count * ROWS; item += gridDim.x) {
-        const Task &task = tasks->task[item / ROWS];
+        const Task &task = tasks->at(item / ROWS);
         const int row = item % ROWS;
         if (task.slot < 0 || row >= task.count) {
             continue;
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 8)
                       const Tasks *__restrict__ tasks, const char *table, long long table_stride, int shares) {
     const Table adapters = {table, table_stride, shares};
     for (int item = blockIdx.x; item < tasks->count * ROWS; item += gridDim.x) {
-        const Task *list = &tasks->task[item / ROWS];
+        const Task *list = &tasks->at(item / ROWS);
         const int row = item % ROWS;
         if (row >= list->count) {
             continue;
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 8)
                const Tasks *__restrict__ tasks, const char *table, long long table_stride, int shares) {
     const Table adapters = {table, table_stride, shares};
     for (int item = blockIdx.x; item < tasks->count * ROWS; item += gridDim.x) {
-        const Task *list = &tasks->task[item / ROWS];
+        const Task *list = &tasks->at(item / ROWS);
         const int row = item % ROWS;
         if (row >= list->count) {
             continue;

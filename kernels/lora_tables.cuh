@@ -37,7 +37,7 @@ struct Table {
 
 // One entry of at most ROWS rows that share their entry list. The tasks of one list follow each other. Rows without
 // entries have tasks as well, of length 0 and without a slot.
-struct Task {
+struct __align__(16) Task {
     int slot; // -1: none
     float weight;
     int hidden; // where this task's values begin among the hidden ones
@@ -47,13 +47,19 @@ struct Task {
     int row[ROWS];
 };
 
-struct Tasks {
+// The number of tasks, which lie behind it.
+struct __align__(16) Tasks {
     int count;
-    int unused[3];
-    Task task[1];
+    int stretches; // of 16 rows that A has at most, at any site, of the slots that are named
+    int unused[2];
+
+    __device__ __forceinline__ const Task &at(int index) const { return ((const Task *)(this + 1))[index]; }
 };
 
-// Where a task's x A^T lies: [count, a_rows padded], so that pairs of values of a row lie at even places.
+// Hidden values of a row, padded to whole vectors.
+__device__ __forceinline__ int hidden_width(int a_rows) { return (a_rows + 7) / 8 * 8; }
+
+// Where a task's x A^T lies: [splits of k, count, hidden width], `row` going on over the splits.
 __device__ __forceinline__ int hidden_index(const Task &task, int a_rows, int row, int rank) {
-    return task.hidden + row * ((a_rows + 7) / 8 * 8) + rank;
+    return task.hidden + row * hidden_width(a_rows) + rank;
 }

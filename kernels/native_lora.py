@@ -11,10 +11,12 @@ from . import _native
 from .cpu import CpuLoraOps
 from .device_tables import PARTS, RECORD_BYTES, DeviceTable, LoraTables
 from .ops import EmbeddingTable, LoraDelta, Placed, Routing, SiteTable
-from .placement import DECODE_ROWS, HEADER_BYTES, identity_of, plan_tasks, task_dtype, write_tasks
+from .placement import HEADER_BYTES, Chunks, identity_of, plan_tasks, write_tasks
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 """What the extension computes with, by its own numbers."""
+ROWS = Chunks(rows=16, splits=1)
+"""All rows', as the extension was built for."""
 
 if _native.RECORD_BYTES != RECORD_BYTES:
     raise ImportError("the extension was built for tables of another shape: run `make setup` again")
@@ -26,7 +28,7 @@ class NativeRouting:
 
     routing: Routing
     tasks: torch.Tensor
-    """`Tasks` in lora_tables.cuh, all in chunks of DECODE_ROWS rows."""
+    """`Tasks` in lora_tables.cuh, all cut alike."""
     hidden: torch.Tensor
     """Room for x A^T, fp32."""
 
@@ -66,10 +68,10 @@ class NativeLoraOps:
 
     def _place(self, routing: Routing, shares: int) -> NativeRouting:
         everything = replace(routing, decode_rows=routing.rows)
-        plan = plan_tasks(everything, lambda key: self._tables.stacked_rank(key // shares))
-        nbytes = HEADER_BYTES + len(plan.decode) * task_dtype(DECODE_ROWS).itemsize
+        plan = plan_tasks(everything, lambda key: self._tables.stacked_rank(key // shares), decode=ROWS)
+        nbytes = HEADER_BYTES + plan.decode.nbytes
         tasks = torch.empty(nbytes, dtype=torch.uint8)
-        write_tasks(tasks.numpy(), plan.decode)
+        write_tasks(tasks.numpy(), plan.decode, plan.stretches)
         return NativeRouting(routing, tasks, torch.empty(plan.hidden_values, dtype=torch.float32))
 
     def start_lora(self, x: torch.Tensor, placed: Placed, table: SiteTable) -> LoraDelta:

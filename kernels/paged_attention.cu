@@ -14,7 +14,8 @@
 // tokens 2t, 2t + 1, 2t + 8 and 2t + 9, as B is read in lora_strip.cuh.
 // All loads of a stretch are under way together, where there are registers for them.
 //
-// grid <any, kv_heads * DIM / OUT, rows>: x over splits. block 128.
+// grid <pieces * any>: pieces are rows x KV heads x DIM / OUT columns; the first blocks of all pieces come before the second
+// of any, so that those that find no split left come last. block 128.
 #include "ptx.cuh"
 #include "pairs.cuh"
 
@@ -179,16 +180,19 @@ __device__ __forceinline__ void finish(const State &state, T *out, float *partia
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     paged_attention(T *__restrict__ out, float *__restrict__ partial, const T *__restrict__ q, const T *__restrict__ keys,
                     const T *__restrict__ values, const int *__restrict__ tables, long long table_stride,
-                    const long long *__restrict__ lengths, int kv_heads, int group, int block_size, int splits, float scale, float softcap,
-                    int window) {
+                    const long long *__restrict__ lengths, int rows, int kv_heads, int group, int block_size, int splits,
+                    float scale, float softcap, int window) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int kv_head = blockIdx.y / (DIM / OUT), column = blockIdx.y % (DIM / OUT) * OUT;
-    const long long row = blockIdx.z, head = (row * kv_heads + kv_head) * group, stride = (long long)kv_heads * DIM;
+    const int pieces = rows * kv_heads * (DIM / OUT);
+    const long long stride = (long long)kv_heads * DIM;
+
+    const int piece = blockIdx.x % pieces, column = piece % (DIM / OUT) * OUT, kv_head = piece / (DIM / OUT) % kv_heads;
+    const long long row = piece / (DIM / OUT) / kv_heads, head = (row * kv_heads + kv_head) * group;
     const int length = lengths[row];
     const int *table = tables + row * table_stride;
     if (length == 0) {
-        for (int i = threadIdx.x; blockIdx.x == 0 && i < group * DIM; i += WARPS * 32) {
-            out[head * DIM + i] = from_float<T>(0.0f);
+        for (int i = threadIdx.x; blockIdx.x < pieces && i < group * OUT; i += WARPS * 32) {
+            out[(head + i / OUT) * DIM + column + i % OUT] = from_float<T>(0.0f);
         }
         return;
     }
@@ -200,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
         low[step] = read(q + (head + g) * DIM + at, g < group && at < DIM);
         high[step] = read(q + (head + g + 8) * DIM + at, HEADS > 8 && g + 8 < group && at < DIM);
     }
-    for (int split = begin / SPLIT + blockIdx.x; split <= last; split += gridDim.x) {
+    for (int split = begin / SPLIT + blockIdx.x / pieces; split <= last; split += gridDim.x / pieces) {
         State state = {};
 #pragma unroll
         for (int row = 0; row < HALVES; ++row) {

@@ -1,8 +1,8 @@
 """Launch planning: how rows become tasks, inputs become splits, and work becomes grids. No device.
 
 A task is one entry of a chunk of rows that share their entry list (`Task` in lora_tables.cuh). Rows that
-decode are cut into chunks of 16, rows of prompts into chunks of 64, each served by kernels of their own, so
-that the same row is always computed in the same order, whatever shares its batch with it.
+decode and rows of prompts are cut into chunks of their own, each served by kernels of their own, so that the
+same row is always computed in the same order, whatever shares its batch with it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,49 @@ import numpy as np
 
 from .ops import Entries, Routing, RowGroup
 
-DECODE_ROWS = 16
-PROMPT_ROWS = 64
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How rows are cut into tasks."""
+
+    rows: int
+    """Of a task, at most."""
+    splits: int
+    """Partial sums that a product with A consists of, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family(Chunks):
+    """The kernels that serve rows of one kind."""
+
+    shrink_rows: int
+    """That a block of the shrink takes at once."""
+    expand_rows: int
+    """That a warp of the expand takes at once."""
+    expand_blocks: int
+    """That a processor holds at once."""
+
+
+DECODE = Family(rows=8, splits=4, shrink_rows=8, expand_rows=8, expand_blocks=5)
+PROMPT = Family(rows=64, splits=2, shrink_rows=32, expand_rows=16, expand_blocks=3)
 HEADER_BYTES = 16
-"""Before the tasks: how many there are."""
-RANK_LANES = 4
-"""Blocks that share the rows of A of one task, 16 at a time."""
-SHRINK_ROWS = 16
-"""Rows of x that a block of the shrink takes at once."""
-EXPAND_ROWS, STRIP = 8, 128
-"""Rows and columns of y that a warp takes at once."""
-WARPS = 4
-"""In a block."""
-EXPAND_BLOCKS, GATE_BLOCKS = 4, 3
+"""Before the tasks: how many there are, and how many stretches of A the largest of their adapters has."""
+STRETCH = 16
+"""Rows of A that a block of the shrink takes at once."""
+SPLIT = 2048
+"""Inputs that are not worth splitting any more."""
+DEPTH = 32
+"""Inputs that a warp takes in one step."""
+SHRINK_WARPS, WARPS = 16, 4
+"""In a block of the shrink, and of the others."""
+STRIP = 64
+"""Columns of y that a warp takes at once."""
+GATE_BLOCKS = 3
 """That a processor holds at once."""
+SHRINK_BLOCKS = 2
+"""For each processor."""
+MANY_STRETCHES = 16
+"""Of one task, that there are blocks for."""
 
 _NOTHING: Entries = ((-1, 0.0),)
 """What rows without entries are said to name."""
@@ -60,10 +89,14 @@ class Plan:
     decode: TaskArray
     prompt: TaskArray
     hidden_values: int
-    """Room for every task's x A^T, at the site with the highest ranks."""
+    """Room for every task's x A^T, at the site with the highest ranks and the most splits."""
+    stretches: int
+    """Of STRETCH rows, that the A of any of these slots has at any one site."""
 
 
-def plan_tasks(routing: Routing, stacked_rank: Callable[[int], int]) -> Plan:
+def plan_tasks(
+    routing: Routing, stacked_rank: Callable[[int], int], decode: Chunks = DECODE, prompt: Chunks = PROMPT
+) -> Plan:
     """Cut a routing into tasks.
 
     Args:
@@ -76,11 +109,11 @@ def plan_tasks(routing: Routing, stacked_rank: Callable[[int], int]) -> Plan:
     cuts = begins + decoding[ends] - decoding[begins]
     lists = [*(group.entries for group in routing.groups), ()]
     spans = list(zip(lists, begins.tolist(), cuts.tolist(), ends.tolist(), strict=True))
-    decode = [_Span(entries, begin, cut) for entries, begin, cut, _ in spans]
-    prompt = [_Span(entries, cut, end) for entries, _, cut, end in spans]
-    first, used = _tasks(rows, decode, DECODE_ROWS, stacked_rank, 0)
-    second, used = _tasks(rows, prompt, PROMPT_ROWS, stacked_rank, used)
-    return Plan(first, second, used)
+    decoding_spans = [_Span(entries, begin, cut) for entries, begin, cut, _ in spans]
+    prompt_spans = [_Span(entries, cut, end) for entries, _, cut, end in spans]
+    first, used = _tasks(rows, decoding_spans, decode, stacked_rank, 0)
+    second, used = _tasks(rows, prompt_spans, prompt, stacked_rank, used)
+    return Plan(first, second, used, -(-max(map(stacked_rank, routing.slots), default=0) // STRETCH))
 
 
 def identity_of(routing: Routing) -> list[tuple[Entries, int, int]] | None:
@@ -120,11 +153,12 @@ def _row_ids(group: RowGroup) -> RowIds:
 def _tasks(
     rows: RowIds,
     spans: Iterable[_Span],
-    chunk_rows: int,
+    chunks: Chunks,
     stacked_rank: Callable[[int], int],
     hidden: int,
 ) -> tuple[TaskArray, int]:
     """The tasks of these spans of `rows`, whose hidden values begin at `hidden`; and where they end."""
+    chunk_rows = chunks.rows
     fields: list[tuple[int, float, int, int, int]] = []
     firsts: list[int] = []
     for entries, begin, end in spans:
@@ -134,7 +168,7 @@ def _tasks(
                 fields.append((slot, weight, hidden, count, 0 if index else len(entries)))
                 firsts.append(first)
                 if slot >= 0:
-                    hidden += count * -(-stacked_rank(slot) // 8) * 8
+                    hidden += chunks.splits * count * -(-stacked_rank(slot) // 8) * 8
     tasks = np.zeros(len(fields), task_dtype(chunk_rows))
     if fields:
         for name, column in zip(
@@ -147,20 +181,35 @@ def _tasks(
     return tasks, hidden
 
 
-def write_tasks(target: np.ndarray[Any, np.dtype[np.uint8]], tasks: TaskArray) -> None:
+def write_tasks(target: np.ndarray[Any, np.dtype[np.uint8]], tasks: TaskArray, stretches: int) -> None:
     """Lay `tasks` out as `Tasks` in lora_tables.cuh."""
-    target[:4].view(np.int32)[0] = len(tasks)
+    target[:8].view(np.int32)[:] = len(tasks), stretches
     target[HEADER_BYTES : HEADER_BYTES + tasks.nbytes] = tasks.view(np.uint8)
 
 
-def shrink_grid(tasks: int, chunk_rows: int, processors: int) -> tuple[int, int, int]:
-    """Of persistent blocks: a processor holds one at a time."""
-    return max(1, min(tasks * chunk_rows // SHRINK_ROWS, processors)), RANK_LANES, 1
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """How the inputs of a site are split: a warp has `slice` of them, a block its warps' slices."""
+
+    count: int
+    slice: int
+
+    @classmethod
+    def of(cls, in_features: int, family: Family) -> Splits:
+        """Follows from the shape alone, so that sums have one order."""
+        count = max(1, min(family.splits, -(-in_features // SPLIT)))
+        return cls(count, -(-in_features // (count * SHRINK_WARPS * DEPTH)) * DEPTH)
 
 
-def expand_grid(tasks: int, chunk_rows: int, columns: int, blocks: int) -> tuple[int, int, int]:
+def shrink_grid(tasks: int, family: Family, splits: int, processors: int) -> tuple[int, int, int]:
+    """Of persistent blocks."""
+    items = tasks * (family.rows // family.shrink_rows) * MANY_STRETCHES
+    return max(1, min(items, -(-SHRINK_BLOCKS * processors // splits))), splits, 1
+
+
+def expand_grid(tasks: int, family: Family, columns: int, blocks: int) -> tuple[int, int, int]:
     """Of persistent blocks, at most as many as the device holds at once."""
-    units = tasks * -(-columns // STRIP) * (chunk_rows // EXPAND_ROWS)
+    units = tasks * -(-columns // STRIP) * (family.rows // family.expand_rows)
     return max(1, min(-(-units // WARPS), blocks)), 1, 1
 
 

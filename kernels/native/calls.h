@@ -3,6 +3,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define PARTS 4
 #define ROWS 16
 #include "../lora_tables.cuh"

@@ -220,7 +220,7 @@ static Pieces pieces_of(const Tasks &tasks, F pieces) {
     Pieces result;
     result.first.assign(1, 0);
     for (int i = 0; i < tasks.count; ++i) {
-        result.first.push_back(result.first.back() + pieces(tasks.task[i]));
+        result.first.push_back(result.first.back() + pieces(tasks.at(i)));
     }
     return result;
 }
@@ -239,13 +239,13 @@ static void lora_of(const LoraCall &call) {
 #pragma omp for schedule(dynamic, 1)
         for (int piece = 0; piece < shrinks.count(); ++piece) {
             const int at = shrinks.task_of(piece);
-            const Task &task = call.tasks->task[at];
+            const Task &task = call.tasks->at(at);
             shrink<T>(call, task, *call.table.at(task.slot), (piece - shrinks.first[at]) * RANKS);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int piece = 0; piece < expands.count(); ++piece) {
             const int at = expands.task_of(piece);
-            const Task &task = call.tasks->task[at];
+            const Task &task = call.tasks->at(at);
             expand<T>(call, &task, (piece - expands.first[at]) * columns_of(call, task));
         }
     }

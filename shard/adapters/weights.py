@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,7 +105,8 @@ class PackedAdapter:
     def site_weights(self) -> dict[int, SiteWeights]:
         """Site to weights, as views into the buffer."""
         views = _Views(self.buffer)
-        return {site.site: views.weights(site) for site in self.index.sites}
+        with torch.inference_mode():  # a third less time for each of hundreds of views
+            return {site.site: views.weights(site) for site in self.index.sites}
 
 
 class _Views:
@@ -113,8 +114,8 @@ class _Views:
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer = buffer
-        self._typed: dict[str, torch.Tensor] = {}
-        """The whole buffer as values of one dtype: where each of an adapter's hundreds of views begins."""
+        self._typed: dict[str, tuple[torch.Tensor, int]] = {}
+        """The whole buffer as values of one dtype, and a value's bytes."""
 
     def weights(self, site: PackedSite) -> SiteWeights:
         match site:
@@ -131,19 +132,15 @@ class _Views:
     def _linear(self, site: PackedLinears) -> LinearWeights:
         lora = None
         if site.a is not None:
-            lora = LoraWeights(self._view(site.a), tuple(self._part(part) for part in site.parts))
+            lora = LoraWeights(self._view(site.a), tuple([self._part(part) for part in site.parts]))
         return LinearWeights(
-            lora, self._optional(site.input_scale), tuple(self._rows(rows) for rows in site.rows)
+            lora, self._optional(site.input_scale), tuple([self._rows(rows) for rows in site.rows])
         )
 
     def _part(self, part: PackedPart) -> LoraPart:
-        return LoraPart(
-            part.rank_offset,
-            part.out_offset,
-            self._view(part.b),
-            self._optional(part.scale),
-            self._optional(part.shift),
-        )
+        scale = None if part.scale is None else self._view(part.scale)
+        shift = None if part.shift is None else self._view(part.shift)
+        return LoraPart(part.rank_offset, part.out_offset, self._view(part.b), scale, shift)
 
     def _embedding(self, site: PackedEmbedding) -> EmbeddingWeights:
         lora = None
@@ -159,16 +156,25 @@ class _Views:
         return None if array is None else self._view(array)
 
     def _view(self, array: PackedArray) -> torch.Tensor:
-        typed = self._typed.get(array.dtype)
-        if typed is None:
-            dtype: torch.dtype = getattr(torch, array.dtype)
-            whole = len(self._buffer) // dtype.itemsize * dtype.itemsize
-            typed = self._typed[array.dtype] = self._buffer[:whole].view(dtype)
-        strides, step = [], 1
-        for size in reversed(array.shape):
-            strides.append(step)
-            step *= size
-        return typed.as_strided(array.shape, strides[::-1], array.offset // typed.itemsize)
+        typed, itemsize = self._typed.get(array.dtype) or self._typed_as(array.dtype)
+        shape = array.shape
+        strides = (shape[1], 1) if len(shape) == 2 else _strides(shape)
+        return typed.as_strided(shape, strides, array.offset // itemsize)
+
+    def _typed_as(self, name: str) -> tuple[torch.Tensor, int]:
+        dtype: torch.dtype = getattr(torch, name)
+        whole = len(self._buffer) // dtype.itemsize * dtype.itemsize
+        self._typed[name] = found = self._buffer[:whole].view(dtype), dtype.itemsize
+        return found
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Of a row-major array."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return strides[::-1]
 
 
 def _is_plain(site: PackedSite) -> bool:

@@ -30,11 +30,12 @@ Check = Callable[[Target], None]
 def _adapter(
     ranks: Sequence[int], features: int, widths: Sequence[int], dtype: torch.dtype, *, vectors: bool = False
 ) -> LoraWeights:
+    """`vectors`: a scale for every part, a shift for the first."""
     parts, rank_offset, out_offset = [], 0, 0
     for rank, width in zip(ranks, widths, strict=True):
         b = (torch.randn(rank, width) / max(rank, 1) ** 0.5).to(dtype)
         scale = 1 + torch.randn(width) / 4 if vectors else None
-        shift = torch.randn(width) if vectors else None
+        shift = torch.randn(width) if vectors and not parts else None
         parts.append(LoraPart(rank_offset, out_offset, b, scale, shift))
         rank_offset += rank
         out_offset += width
@@ -69,6 +70,18 @@ def _lora(target: Target, features: int, widths: Sequence[int], dtype: torch.dty
         bare = [row for row in range(rows) if not entries[row]]
         assert torch.equal(got[bare], y[bare])
     _shares(target, features, widths, dtype)
+
+
+def _splits(target: Target) -> None:
+    """An input in several splits, the last of them shorter."""
+    torch.manual_seed(10)
+    features, widths, dtype = 6152, (64,), torch.bfloat16
+    table = {0: _adapter([20], features, widths, dtype)}
+    y, x = torch.randn(40, 64).to(dtype), torch.randn(40, features).to(dtype)
+    entries: list[Entries] = [((0, 1.0),)] * 40
+    for decode_rows in (9, 0):
+        got = Site(target, table, widths).run(y, x, entries, decode_rows)
+        assert error(got, reference_lora(y, x, entries, table)) < TOLERANCE[dtype]
 
 
 def _shares(target: Target, features: int, widths: Sequence[int], dtype: torch.dtype) -> None:
@@ -159,12 +172,14 @@ def _leaves_the_rest(target: Target) -> None:
 def check_products(target: Target) -> None:
     _stays_inside(target)
     _lora(target, 1160, (136, 264), torch.bfloat16)
+    _splits(target)
 
 
 def check_expand(target: Target) -> None:
     _leaves_the_rest(target)
     _reads_its_parts(target, torch.bfloat16)
     _stays_inside(target)
+    _splits(target)
     _lora(target, 40, (136, 264), torch.float16)
     torch.manual_seed(1)
     dtype, widths, rows = torch.bfloat16, (136, 136), 70

@@ -55,17 +55,7 @@ _IDLE = re.compile(r"^\s*(//|#)|gridDim|template|__launch_bounds__|__shared__")
 
 EQUIVALENT = {
     "work whose result is not written": (
-        ("lora_expand.cu", "(columns + STRIP - 1) ", " STRIP, units"),
-        ("lora_expand.cu", "(columns + STRIP ", " 1) / STRIP"),
-        ("lora_expand.cu", "(width + STRIP - 1) ", " STRIP, units"),
-        ("lora_expand.cu", "(width + STRIP ", " 1) / STRIP"),
-        ("lora_expand.cu", "if (top ", " list->count"),
-        ("lora_expand.cu", "if (top >= list->count ", " !is_covered"),
-        ("lora_shrink.cu", "return index ", " task.count ?"),
-        ("lora_shrink.cu", "top ", " task.count) {"),
-        ("lora_strip.cuh", "if (part.out_offset ", " column + STRIP"),
-        ("lora_strip.cuh", "end ", " column) {"),
-        ("lora_strip.cuh", "part.out_offset + part.width ", " column) {"),
+        ("lora_strip.cuh", "left = row ", " hidden.count ?"),
         ("paged_attention.cu", "at ", " OUT && token"),
         ("paged_attention.cu", "HALVES ", " 1 ? pack"),
         ("paged_attention.cu", "HEADS ", " 8 && g"),
@@ -78,10 +68,7 @@ EQUIVALENT = {
         ("paged_attention.cu", "if (g ", " row * 8 < group && at < OUT"),
         ("paged_attention.cu", "if (g + row * 8 ", " group && at < OUT"),
     ),
-    "sums of zeros": (
-        ("lora_plain.cu", "&& list->length ", " 0; column"),
-        ("lora_shrink.cu", "round ", " end; round"),
-    ),
+    "sums of zeros": (("lora_plain.cu", "&& list->length ", " 0; column"),),
     "the same value, written twice": (
         ("paged_attention.cu", "i += WARPS ", " 32"),
         ("paged_attention.cu", "if (t ", " 0) {\n            tops"),
@@ -91,9 +78,7 @@ EQUIVALENT = {
         ("plain_attention.cu", "if (lane ", " 0) {"),
         ("rms_norm.cu", "if (threadIdx.x % 32 ", " 0) {\n        warps"),
     ),
-    "warps that share k otherwise": (("lora_shrink.cu", "/ (WARPS ", " DEPTH) * DEPTH"),),
     "a vector behind an array in registers, which the traps of g++ let be left by one": (
-        ("lora_strip.cuh", "uint4 y[4];\n#pragma unroll\n    for (int i = 0; i ", " 4; ++i) {"),
         ("paged_attention.cu", "x % 4;\n#pragma unroll\n    for (int step = 0; step ", " STEPS"),
     ),
 }

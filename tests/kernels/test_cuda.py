@@ -70,7 +70,7 @@ def test_equals_the_oracle(
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("features", [8, 64, 136, 520, 1600])
+@pytest.mark.parametrize("features", [8, 64, 136, 520, 1600, 4104, 10248])
 def test_inputs_of_any_width(
     features: int, dtype: torch.dtype, make_adapter: MakeAdapter, target: Target
 ) -> None:

@@ -247,9 +247,10 @@ def test_what_is_fast_is_told_by_shapes() -> None:
 def test_parts_are_shared_by_blocks_that_fill_the_device() -> None:
     assert cuda_decoder.splits_of(32, 16) == 1
     assert cuda_decoder.splits_of(33, 16) == 2
-    assert cuda_decoder.split_blocks(16, 8, 132) == 16
-    assert cuda_decoder.split_blocks(16, 256, 132) == 5
-    assert cuda_decoder.split_blocks(1, 1, 132) == 1
-    assert cuda_decoder.split_blocks(16, 10**6, 132) == 1
+    assert cuda_decoder.attention_grid(16, 4, 132) == (64, 1, 1)
+    assert cuda_decoder.attention_grid(16, 100, 132) == (256, 1, 1)
+    assert cuda_decoder.attention_grid(256, 100, 132) == (256, 1, 1)
+    assert cuda_decoder.attention_grid(1024, 100, 132) == (1024, 1, 1)
+    assert cuda_decoder.attention_grid(0, 1, 132) == (0, 1, 1)
     assert cuda_decoder.attention_room(8, 4, 64, 1) == 1
     assert cuda_decoder.attention_room(8, 4, 64, 3) == 8 * 4 * 3 * 66

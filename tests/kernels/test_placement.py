@@ -50,7 +50,7 @@ def test_every_row_is_in_the_tasks_of_its_phase_with_its_entries(
 def test_lists_are_whole_and_hidden_values_apart(rows: list[Entries]) -> None:
     plan = plan_tasks(route(rows, decode_rows=len(rows) // 2), rank_of)
     end = 0
-    for tasks, most in ((plan.decode, placement.DECODE_ROWS), (plan.prompt, placement.PROMPT_ROWS)):
+    for tasks, family in ((plan.decode, placement.DECODE), (plan.prompt, placement.PROMPT)):
         index = 0
         while index < len(tasks):
             if tasks[index]["slot"] < 0:
@@ -63,12 +63,14 @@ def test_lists_are_whole_and_hidden_values_apart(rows: list[Entries]) -> None:
             assert not chunk[1:]["length"].any()
             assert (chunk["count"] == chunk[0]["count"]).all()
             assert (chunk["row"] == chunk[0]["row"]).all()
-            assert 1 <= chunk[0]["count"] <= most
+            assert 1 <= chunk[0]["count"] <= family.rows
             index += length
         for task in tasks[tasks["slot"] >= 0]:
             assert task["hidden"] == end
-            end += int(task["count"]) * -(-rank_of(int(task["slot"])) // 8) * 8
+            end += family.splits * int(task["count"]) * -(-rank_of(int(task["slot"])) // 8) * 8
     assert plan.hidden_values == end
+    ranks = [rank_of(slot) for entries in rows for slot, _ in entries]
+    assert plan.stretches == -(-max(ranks, default=0) // placement.STRETCH)
 
 
 @given(entry_lists)
@@ -80,9 +82,9 @@ def test_rows_without_entries_have_tasks_without_a_slot(rows: list[Entries]) -> 
     assert not any(task["length"] for task in bare)
 
 
-def test_chunks_are_cut_at_sixteen_and_at_sixty_four_rows() -> None:
+def test_chunks_are_cut_at_eight_and_at_sixty_four_rows() -> None:
     plan = plan_tasks(route([((0, 1.0),)] * 233, decode_rows=33), rank_of)
-    assert plan.decode["count"].tolist() == [16, 16, 1]
+    assert plan.decode["count"].tolist() == [8, 8, 8, 8, 1]
     assert plan.prompt["count"].tolist() == [64, 64, 64, 8]
     assert plan.prompt["row"][3][:8].tolist() == list(range(225, 233))
 
@@ -104,16 +106,31 @@ def test_the_records_are_as_wide_as_the_kernels_read_them() -> None:
 
 
 @pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("tasks", [1, 7, 10_000])
-def test_grids_are_persistent_and_never_empty(tasks: int, processors: int) -> None:
-    for x, y, z in (
-        placement.shrink_grid(tasks, 64, processors),
-        placement.expand_grid(tasks, 64, 4096, processors),
-        placement.plain_grid(tasks, 16, processors),
-    ):
-        assert 1 <= x <= 8 * processors
-        assert 1 <= y * z <= placement.RANK_LANES
-    assert placement.shrink_grid(0, 16, processors)[0] == 1
+@pytest.mark.parametrize("tasks", [0, 1, 7, 10_000])
+@pytest.mark.parametrize("family", [placement.DECODE, placement.PROMPT])
+def test_grids_are_persistent_and_never_empty(family: placement.Family, tasks: int, processors: int) -> None:
+    for splits in range(1, family.splits + 1):
+        x, y, z = placement.shrink_grid(tasks, family, splits, processors)
+        assert (y, z) == (splits, 1)
+        assert 1 <= x <= max(1, tasks * family.rows // family.shrink_rows * placement.MANY_STRETCHES)
+        assert x * splits < placement.SHRINK_BLOCKS * processors + splits
+    units = tasks * family.rows // family.expand_rows * 64
+    assert placement.expand_grid(tasks, family, 4096, 5 * processors) == (
+        max(1, min(-(-units // placement.WARPS), 5 * processors)),
+        1,
+        1,
+    )
+    assert placement.plain_grid(tasks, 16, processors) == (max(1, min(16 * tasks, 8 * processors)), 1, 1)
+
+
+@pytest.mark.parametrize("family", [placement.DECODE, placement.PROMPT])
+@given(features=st.integers(1, 60_000))
+def test_splits_cover_the_input_and_none_is_empty(family: placement.Family, features: int) -> None:
+    splits = placement.Splits.of(features, family)
+    block = splits.slice * placement.SHRINK_WARPS
+    assert splits.slice % placement.DEPTH == 0
+    assert 1 <= splits.count <= family.splits
+    assert (splits.count - 1) * block < features <= splits.count * block
 
 
 def test_a_group_of_scattered_rows_is_planned_like_one_that_lies_together() -> None:

@@ -411,6 +411,19 @@ inline Value exchange(const Place &place, Value value, unsigned lane) {
 }
 } // namespace emulation
 
+inline unsigned __ballot_sync(unsigned, bool vote, const emulation::Place &place = emulation::here("__ballot_sync")) {
+    const emulation::Fibre *warp = emulation::warp_of(place);
+    const uint64_t word = vote;
+    emulation::meet(place, &word, 1);
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < emulation::WARP; ++lane) {
+        votes |= unsigned(warp[lane].offered[0]) << lane;
+    }
+    emulation::part(place);
+    return votes;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
+
 template <typename Value>
 inline Value __shfl_sync(unsigned, Value value, int lane,
                          const emulation::Place &place = emulation::here("__shfl_sync")) {
