@@ -189,8 +189,8 @@ __device__ __forceinline__ unsigned parts_in(const Adapter &adapter, int column)
     const int lane = threadIdx.x % 32;
     bool is_in = false;
     if (lane < adapter.parts) {
-        const Part &part = adapter.part[lane];
-        is_in = part.out_offset < column + STRIP && part.out_offset + part.width > column;
+        const int begin = adapter.part[lane].out_offset, end = begin + adapter.part[lane].width;
+        is_in = begin < column + STRIP && end > column;
     }
     return __ballot_sync(0xffffffffu, is_in);
 }

@@ -63,8 +63,8 @@ def _lora(target: Target, features: int, widths: Sequence[int], dtype: torch.dty
     rows = 70
     y, x = torch.randn(rows, sum(widths)).to(dtype), torch.randn(rows, features).to(dtype)
     wide = torch.randn(rows, features + 8).to(dtype)[:, :features].copy_(x)
-    for entries, decode_rows in _batches(rows):
-        with Guarded():
+    for index, (entries, decode_rows) in enumerate(_batches(rows)):
+        with Guarded(front=index < 2):
             got = Site(target, table, widths).run(y, wide, entries, decode_rows)
         assert error(got, reference_lora(y, x, entries, table)) < TOLERANCE[dtype]
         bare = [row for row in range(rows) if not entries[row]]
@@ -96,43 +96,51 @@ def _shares(target: Target, features: int, widths: Sequence[int], dtype: torch.d
     assert error(y, want) < TOLERANCE[dtype]
 
 
-def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy behind whose end the processor finds no memory."""
+def guarded(tensor: torch.Tensor, *, front: bool = False) -> torch.Tensor:
+    """A copy behind whose end, or before whose beginning, the processor finds no memory."""
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
     whole = -(-size // page) * page
     memory = mmap.mmap(-1, whole + page)
-    end = ctypes.addressof(ctypes.c_char.from_buffer(memory, whole))
-    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0):
+    gap = ctypes.addressof(ctypes.c_char.from_buffer(memory, 0 if front else whole))
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(gap), ctypes.c_size_t(page), 0):
         raise OSError(ctypes.get_errno(), "mprotect")
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
+    offset = page if front else whole - size
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
     return copy.view(tensor.shape).copy_(tensor)
 
 
 class Guarded(TorchFunctionMode):
-    """Within it, what is allocated for tables, tasks and results ends where memory does."""
+    """Within it, what is allocated for tables, tasks and results ends where memory does, or begins there."""
+
+    def __init__(self, *, front: bool = False) -> None:
+        super().__init__()
+        self._front = front
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        return guarded(result) if func in (torch.zeros, torch.empty) and result.numel() else result
+        if func in (torch.zeros, torch.empty) and result.numel():
+            return guarded(result, front=self._front)
+        return result
 
 
 def _stays_inside(target: Target) -> None:
     """Shapes that end in the middle of every tile, at the end of memory."""
     torch.manual_seed(8)
     dtype, widths = torch.bfloat16, (136, 72)
-    ops = target.ops()
-    weights = _adapter([5, 3], 40, widths, dtype)
-    parts = tuple(replace(part, b=guarded(part.b)) for part in weights.parts)
-    table = ops.site_table(widths)
-    table[0] = LoraWeights(guarded(weights.a), parts)
     y, x = torch.randn(9, 208).to(dtype), guarded(torch.randn(9, 40).to(dtype))
-    for decode_rows in (9, 0):
-        got, placed = guarded(y), ops.place(route([((0, 1.0),)] * 9, decode_rows=decode_rows))
-        ops.start_lora(x, placed, table).add_to(got)
-        want = reference_lora(y, x, [((0, 1.0),)] * 9, {0: weights})
-        assert error(got, want) < TOLERANCE[dtype]
+    for ranks in ((5, 2), (9, 6), (13, 7)):
+        ops = target.ops()
+        weights = _adapter(ranks, 40, widths, dtype)
+        parts = tuple(replace(part, b=guarded(part.b)) for part in weights.parts)
+        table = ops.site_table(widths)
+        table[0] = LoraWeights(guarded(weights.a), parts)
+        for decode_rows in (9, 0):
+            got, placed = guarded(y), ops.place(route([((0, 1.0),)] * 9, decode_rows=decode_rows))
+            ops.start_lora(x, placed, table).add_to(got)
+            want = reference_lora(y, x, [((0, 1.0),)] * 9, {0: weights})
+            assert error(got, want) < TOLERANCE[dtype]
 
 
 def _reads_its_parts(target: Target, dtype: torch.dtype) -> None:
@@ -188,13 +196,15 @@ def check_expand(target: Target) -> None:
         1: _adapter([0, 8], 64, widths, dtype, vectors=True),
     }
     entries: list[Entries] = [((row % 3, 1.0),) if row % 3 < 2 else () for row in range(rows)]
-    entries[5] = ((0, 0.5), (0, -2.0))
+    entries[5], entries[17], entries[40] = ((0, 0.5), (0, -2.0)), ((0, 2.0),) * 3, ((0, 1.0), (0, -0.5))
     y, x = torch.randn(rows, 272).to(dtype), torch.randn(rows, 64).to(dtype)
     site = Site(target, table, widths)
     added = site.run(y, x, entries, 20).double()
     want = F.silu(added[:, :136]) * added[:, 136:]
     got = torch.full((rows, 136), torch.nan, dtype=dtype)
-    site.ops.start_lora(x, site.ops.place(route(entries, decode_rows=20)), site.table).gate_into(got, y)
+    with Guarded():
+        placed = site.ops.place(route(entries, decode_rows=20))
+    site.ops.start_lora(x, placed, site.table).gate_into(got, y)
     assert_alike(got, want)
 
 
@@ -288,7 +298,7 @@ def _stands_out(target: Target, shape: tuple[int, int, int], dtype: torch.dtype,
 def check_attention(target: Target) -> None:
     for length in (5, 32, 64):
         few = Cached([0, length], 2, 2, 80, torch.bfloat16, spare=0)
-        few.tables = guarded(few.tables)
+        few.tables, few.q, few.keys, few.values = map(guarded, (few.tables, few.q, few.keys, few.values))
         assert_alike(few.run(target, Scores(0.2, None, None)), few.expected(Scores(0.2, None, None)))
     _attention(target, [(6, 2, 80), (13, 1, 80)], torch.bfloat16)
     _attention(target, [(2, 2, 256)], torch.float16)

@@ -55,8 +55,19 @@ _IDLE = re.compile(r"^\s*(//|#)|gridDim|template|__launch_bounds__|__shared__")
 
 EQUIVALENT = {
     "work whose result is not written": (
+        ("lora_expand.cu", "(columns + STRIP - 1) ", " STRIP) {"),
+        ("lora_expand.cu", "(columns + STRIP ", " 1) / STRIP"),
+        ("lora_expand.cu", "if (unit.top ", " unit.list->count"),
+        ("lora_expand.cu", "if (unit.top ", " list->count"),
+        ("lora_expand.cu", "i < TILES ", " 2 && strip.is_covered"),
+        ("lora_expand.cu", "i < TILES ", " 2; ++i) {\n            T *at"),
+        ("lora_shrink.cu", "|| top ", " task.count"),
+        ("lora_shrink.cu", "if (first ", " a_rows) {"),
+        ("lora_shrink.cu", "= index ", " rows ?"),
         ("lora_strip.cuh", "left = row ", " hidden.count ?"),
-        ("paged_attention.cu", "at ", " OUT && token"),
+        ("lora_strip.cuh", "is_in = begin ", " column"),
+        ("lora_strip.cuh", "column + STRIP ", " end > column"),
+        ("lora_strip.cuh", "&& end ", " column;"),
         ("paged_attention.cu", "HALVES ", " 1 ? pack"),
         ("paged_attention.cu", "HEADS ", " 8 && g"),
         ("paged_attention.cu", "        }\n#pragma unroll\n        for (int strip = 0; strip ", " STRIPS"),
@@ -68,8 +79,13 @@ EQUIVALENT = {
         ("paged_attention.cu", "if (g ", " row * 8 < group && at < OUT"),
         ("paged_attention.cu", "if (g + row * 8 ", " group && at < OUT"),
     ),
-    "sums of zeros": (("lora_plain.cu", "&& list->length ", " 0; column"),),
+    "sums of zeros": (
+        ("lora_plain.cu", "&& list->length ", " 0; column"),
+        ("lora_shrink.cu", "round = begin; round ", " end"),
+        ("lora_strip.cuh", "first = 0; first ", " part.rank"),
+    ),
     "the same value, written twice": (
+        ("lora_shrink.cu", "i += WARPS ", " 32"),
         ("paged_attention.cu", "i += WARPS ", " 32"),
         ("paged_attention.cu", "if (t ", " 0) {\n            tops"),
         ("paged_attention.cu", "at += WARPS ", " 32"),
@@ -79,6 +95,7 @@ EQUIVALENT = {
         ("rms_norm.cu", "if (threadIdx.x % 32 ", " 0) {\n        warps"),
     ),
     "a vector behind an array in registers, which the traps of g++ let be left by one": (
+        ("lora_strip.cuh", "i = 0; i ", " 4; ++i) {\n            b[i] = next"),
         ("paged_attention.cu", "x % 4;\n#pragma unroll\n    for (int step = 0; step ", " STEPS"),
     ),
 }
