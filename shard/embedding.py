@@ -114,6 +114,7 @@ def add_embedding_site(model: nn.Module, trace: Trace, context: SiteContext, sit
     share = context.split.share(f"{name}.weight")
     sites.embeddings.append(EmbeddingTarget(name, sites.add(site), vocabulary.size, hidden_size, share))
     sites.keep(f"{name}.weight", base.weight, context)
+    sites.held[f"{name}.weight"] = lambda: base.weight
     replace_module(model, name, SiteEmbedding(site, base.weight))
 
 

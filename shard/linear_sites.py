@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -73,6 +74,7 @@ def add_linear_sites(model: nn.Module, trace: Trace, context: SiteContext, sites
         whole = _whole_site(names, targets, weight, context.read_whole)
         for target in (*targets, *other_form):
             _add_parameters(sites.parameters, target, *whole)
+            sites.held[f"{target.name}.weight"] = partial(_held_rows, weight, target)
         for target, module in zip(targets, modules, strict=True):
             _stand_in(model, site, target, module, is_kept=weight is parts[0])
         sites.linears += targets
@@ -147,6 +149,11 @@ def _whole_site(
 def _given(bias: torch.Tensor | None) -> torch.Tensor:
     assert bias is not None
     return bias
+
+
+def _held_rows(weight: BaseWeight, target: Target) -> torch.Tensor:
+    """What this rank has of a linear, [held outputs, held inputs], out of its site's."""
+    return weight.dense()[target.held_offset : target.held_offset + target.held_outputs]
 
 
 def _add_parameters(

@@ -164,7 +164,7 @@ def assemble(read: ReadModel, config: ShardConfig, backend: Backend, device: tor
         graphs=_capture(special, observed, backend, config, max_blocks),
         kv=kv,
         sites=special.sites,
-        base=BaseTensors(special.parameters),
+        base=BaseTensors(special.parameters, special.held),
         layout=special.layout,
         device=device,
         max_model_len=max_model_len,

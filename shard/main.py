@@ -27,6 +27,7 @@ from ..proto.credentials import Credentials, read_credentials
 from ..proto.transport import listen
 from .adapters.host_cache import HostCache
 from .adapters.loading import AdapterLoading
+from .adapters.norms import GroupNorms
 from .adapters.own_tokenizer import BaseText
 from .adapters.pool import AdapterPool
 from .adapters.store import AdapterStore
@@ -38,6 +39,7 @@ from .engine import StepEngine
 from .errors import ModelRefused, RanksLost
 from .graphs import with_graphs
 from .load import LoadedModel, load_model
+from .parallel.ranks import ProcessGroup
 from .parallel.sampling import GroupSampler
 from .rows import RowTable
 from .sampling import Sampler
@@ -126,7 +128,9 @@ async def _serve(
     _stop_on_signals(finish)
     text = BaseText(loaded.tokenizer.tokenizer_json, loaded.tokenizer.chat_template)
     worker = AdapterWorker(loaded.layout, loaded.base, text, pin=loaded.device.type == "cuda")
-    store = AdapterStore(worker, HostCache(config.host_adapter_memory))
+    ranks = loaded.ranks
+    norms = GroupNorms(ranks.rank, ranks.size, ranks.board) if isinstance(ranks, ProcessGroup) else None
+    store = AdapterStore(worker, HostCache(config.host_adapter_memory), norms)
     service = _wire(config, loaded, thread, store, lambda reason: finish(EXIT_FATAL, reason))
     health = health_aio.HealthServicer()
     server = _build_server(service, health)

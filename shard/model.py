@@ -113,6 +113,8 @@ class Specialised:
     """In the order of the layout's numbers, all empty."""
     parameters: Mapping[str, ReadTensor]
     """The base's weights in these places by path, as `BaseWeights.read` describes them."""
+    held: Mapping[str, ReadTensor]
+    """Of linears' and the embedding's weights, what this rank holds."""
 
 
 def specialise(
@@ -146,7 +148,8 @@ def specialise(
         other_modules=_other_modules(model, found.names),
     )
     head = next((site for site in found.sites if isinstance(site, HeadSite)), None)
-    return Specialised(CausalModel(model, attention, context, head), layout, found.sites, found.parameters)
+    causal = CausalModel(model, attention, context, head)
+    return Specialised(causal, layout, found.sites, found.parameters, found.held)
 
 
 def _other_modules(model: nn.Module, served: set[str]) -> tuple[str, ...]:

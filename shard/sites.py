@@ -67,6 +67,8 @@ class ModelSites:
     experts: list[ExpertsTarget] = field(default_factory=list)
     parameters: dict[str, ReadTensor] = field(default_factory=dict)
     """The base's weights at these sites by path, as `BaseWeights.read` describes them."""
+    held: dict[str, ReadTensor] = field(default_factory=dict)
+    """Of linears' and the embedding's weights, what this rank holds."""
 
     def add(self, site: Site) -> int:
         """Take a site; answers its number."""

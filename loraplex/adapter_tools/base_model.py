@@ -53,6 +53,10 @@ class EditableBase:
         values = values.t() if name in self._stored_transposed else values
         return cast(Float32, values.contiguous().numpy())
 
+    def read_held(self, name: str) -> Float32:
+        """As `BaseWeights.read_held`: the whole, for there are no other ranks."""
+        return self.read(name)
+
     def grow(self, vocab_size: int) -> None:
         """Make room for more token ids, in the embedding, the head and the config."""
         if vocab_size > self._vocab_size:

@@ -16,6 +16,7 @@ from .changes import (
     ExpertsChange,
     LinearChange,
     ModuleChange,
+    Norm,
     ParsedAdapter,
     Placed,
     Rows,
@@ -30,6 +31,7 @@ from .packed import (
     PackedIndex,
     PackedLinears,
     PackedModule,
+    PackedNorm,
     PackedPart,
     PackedRows,
     PackedSite,
@@ -131,7 +133,14 @@ class _Assembler:
             self._write(target.name, b.T),
             self._vector(target.name, change.scale),
             self._vector(target.name, change.shift),
+            None if change.norm is None else self._norm(target.name, change.norm),
         )
+
+    def _norm(self, name: str, norm: Norm) -> PackedNorm:
+        magnitude, squares = self._vector(name, norm.magnitude), self._vector(name, norm.squares)
+        assert magnitude is not None
+        assert squares is not None
+        return PackedNorm(magnitude, squares, self._vector(name, norm.bias))
 
     def _input_scale(self, linears: Sequence[tuple[Target, LinearChange]]) -> PackedArray | None:
         (first, change), *others = linears
@@ -154,7 +163,9 @@ class _Assembler:
         rows = None
         if change.rows is not None and whole.rows is not None:
             rows = self._rows(target.name, change.rows, 0, height_with(whole.rows, target.vocab_size))
-        return PackedEmbedding(target.site, a, b, self._vector(target.name, change.scale), rows)
+        scale = self._vector(target.name, change.scale)
+        norm = None if change.norm is None else self._norm(target.name, change.norm)
+        return PackedEmbedding(target.site, a, b, scale, rows, norm)
 
     def _experts(self, site: int, name: str, loras: Mapping[str, ExpertLora]) -> PackedExperts:
         parameters = {

@@ -33,6 +33,11 @@ class BaseWeights(Protocol):
         """
         ...
 
+    def read_held(self, name: str) -> Float32:
+        """Of a linear's or an embedding's weight what this rank holds: [held outputs, held inputs] or [held
+        tokens, hidden]."""
+        ...
+
 
 class WeightFile(msgspec.Struct, frozen=True):
     """A base weight in a file. Whoever receives it deletes it."""
@@ -54,8 +59,9 @@ class WeightFile(msgspec.Struct, frozen=True):
 class WeightRequests:
     """The worker's side: jobs on several threads that wait for weights from the parent."""
 
-    def __init__(self, ask: Callable[[int, str], None]) -> None:
-        """`ask`: send the parent a request for a weight, by request number and name."""
+    def __init__(self, ask: Callable[[int, str, bool], None]) -> None:
+        """`ask`: send the parent a request for a weight: its number, the name, and whether what this rank
+        holds will do."""
         self._ask = ask
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[WeightFile]] = {}
@@ -63,12 +69,19 @@ class WeightRequests:
 
     def read(self, name: str) -> Float32:
         """As `BaseWeights.read`; blocks until the parent has answered."""
+        return self._read(name, held=False)
+
+    def read_held(self, name: str) -> Float32:
+        """As `BaseWeights.read_held`; blocks like `read`."""
+        return self._read(name, held=True)
+
+    def _read(self, name: str, *, held: bool) -> Float32:
         answer: Future[WeightFile] = Future()
         with self._lock:
             self._last += 1
             number = self._last
             self._waiting[number] = answer
-        self._ask(number, name)
+        self._ask(number, name, held)
         return answer.result().take()
 
     def provide(self, number: int, file: WeightFile) -> None:

@@ -35,6 +35,19 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """What a scale is made of once every rank's part of the norms is known: `magnitude` over the root of the
+    sum of all `squares`. B then is multiplied by it, and a shift loses `bias` times it."""
+
+    magnitude: Float32
+    """[out]."""
+    squares: Float32
+    """[out]: of the rows of W + BA, over the inputs that this rank holds."""
+    bias: Float32 | None = None
+    """[out]: the base's."""
+
+
+@dataclass(frozen=True, slots=True)
 class LinearChange:
     """To one linear. The absent parts change nothing."""
 
@@ -49,6 +62,8 @@ class LinearChange:
     input_scale: Float32 | None = None
     """[in]; every linear of the site must be given the same."""
     rows: Rows | None = None
+    norm: Norm | None = None
+    """In place of a scale, where ranks divide the inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,8 @@ class EmbeddingChange:
     """[hidden]."""
     rows: Rows | None = None
     """Of the embedding matrix [vocabulary, hidden]."""
+    norm: Norm | None = None
+    """In place of a scale, where ranks divide the vocabulary: of the matrix's columns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .changes import AnyTarget, Change, EmbeddingChange, ExpertLora, ExpertsChange, LinearChange, Rows
+from .changes import AnyTarget, Change, EmbeddingChange, ExpertLora, ExpertsChange, LinearChange, Norm, Rows
 from .floats import Float32
 from .layout import EmbeddingTarget, ExpertsTarget, Target
 from .share import Axis, Share
@@ -39,7 +39,14 @@ def _linear(change: LinearChange, share: Share) -> LinearChange:
         shift=_along(change.shift, 0, share.outputs) if share.adds_bias else None,
         input_scale=_along(change.input_scale, 0, share.inputs),
         rows=None if change.rows is None else _rows(change.rows, share),
+        norm=None if change.norm is None else _norm(change.norm, share),
     )
+
+
+def _norm(norm: Norm, share: Share) -> Norm:
+    """Norms are divided only where inputs are: every rank has all of the outputs."""
+    assert share.outputs is None
+    return norm if share.adds_bias else replace(norm, bias=None)
 
 
 def _rows(rows: Rows, share: Share) -> Rows:

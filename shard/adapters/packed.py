@@ -22,6 +22,15 @@ class PackedArray(msgspec.Struct, frozen=True):
     """"float32", "bfloat16", "float16" or "int64"."""
 
 
+class PackedNorm(msgspec.Struct, frozen=True):
+    """What a part's scale is made of; see `changes.Norm`."""
+
+    magnitude: PackedArray
+    """Where the scale goes, too."""
+    squares: PackedArray
+    bias: PackedArray | None = None
+
+
 class PackedPart(msgspec.Struct, frozen=True):
     """One linear's share of a site; see `kernels.ops.LoraPart`."""
 
@@ -30,6 +39,8 @@ class PackedPart(msgspec.Struct, frozen=True):
     b: PackedArray
     scale: PackedArray | None = None
     shift: PackedArray | None = None
+    norm: PackedNorm | None = None
+    """Where ranks have its norms between them. Without a scale beside it, the part cannot be served yet."""
 
 
 class PackedRows(msgspec.Struct, frozen=True):
@@ -61,6 +72,8 @@ class PackedEmbedding(msgspec.Struct, frozen=True, tag=True):
     b: PackedArray | None
     scale: PackedArray | None = None
     rows: PackedRows | None = None
+    norm: PackedNorm | None = None
+    """As of a part."""
 
 
 class PackedModule(msgspec.Struct, frozen=True, tag=True):

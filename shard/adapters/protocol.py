@@ -74,6 +74,8 @@ class Wanted(msgspec.Struct, frozen=True, tag=True):
 
     request: int
     name: str
+    held: bool = False
+    """What this rank holds of it will do."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

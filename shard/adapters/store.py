@@ -13,6 +13,7 @@ from .files import FileLimits
 from .host_cache import HostCache
 from .manifest import AdapterManifest, AdapterRequest
 from .merging.recipe import PartPlace
+from .norms import GroupNorms
 from .own_tokenizer import OwnTokenizer, read_own_tokenizer
 from .progress import OnProgress
 from .weights import PackedAdapter
@@ -42,9 +43,11 @@ class _Flight(Generic[Result]):
 class AdapterStore:
     """Owns the worker and the host-memory tier. Used from one event loop."""
 
-    def __init__(self, worker: AdapterWorker, cache: HostCache) -> None:
+    def __init__(self, worker: AdapterWorker, cache: HostCache, norms: GroupNorms | None = None) -> None:
+        """`norms`: of a rank among several."""
         self._worker = worker
         self._cache = cache
+        self._norms = norms
         self._origins: dict[str, _Origin] = {}
         self._downloads: dict[Hashable, _Flight[AdapterManifest]] = {}
         self._packs: dict[Hashable, _Flight[PackedAdapter]] = {}
@@ -84,17 +87,14 @@ class AdapterStore:
         return manifest
 
     async def host_weights(self, digest: str) -> PackedAdapter:
-        """A downloaded adapter's weights, from host memory or parsed again from its files.
+        """A downloaded adapter, ready to be served: from host memory or parsed again from its files.
 
         Raises AdapterNotFound for a digest that was never downloaded here, AdapterRejected where its files
-        have changed since.
+        have changed since, and what `GroupNorms.complete` raises.
         """
-        if (adapter := self._cache.get(digest)) is not None:
-            return adapter
-        origin = self._origin(digest)
         flight = self._packs.get(digest)
         if flight is None:
-            flight = _launch(self._packs, digest, self._pack(digest, origin))
+            flight = _launch(self._packs, digest, self._ready(digest))
         return await asyncio.shield(flight.task)
 
     async def own_tokenizer(self, digest: str) -> OwnTokenizer:
@@ -127,9 +127,15 @@ class AdapterStore:
         self._cache.put(digest, downloaded.packed)
         return downloaded.manifest
 
-    async def _pack(self, digest: str, origin: _Origin) -> PackedAdapter:
-        packed = await self._worker.pack(origin.name, origin.directory, digest)
-        self._cache.put(digest, packed)
+    async def _ready(self, digest: str) -> PackedAdapter:
+        packed = known = self._cache.get(digest)
+        if packed is None:
+            origin = self._origin(digest)
+            packed = await self._worker.pack(origin.name, origin.directory, digest)
+        if self._norms is not None:
+            packed = await self._norms.complete(digest, packed)
+        if packed is not known:
+            self._cache.put(digest, packed)
         return packed
 
     def _parts(self, request: AdapterRequest) -> tuple[PartPlace, ...]:

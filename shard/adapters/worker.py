@@ -278,7 +278,7 @@ class _Child:
         would wait for it without end."""
         path = self._spool / f"{wanted.request}.weight"
         try:
-            file = await asyncio.to_thread(self._base.write, wanted.name, path)
+            file = await asyncio.to_thread(self._base.write, wanted.name, path, held=wanted.held)
         except (OSError, KeyError) as error:
             why = error.strerror if isinstance(error, OSError) else "the base has no such weight"
             self._cause = f"was ended, for it could not be given {wanted.name}: {why}"

@@ -65,7 +65,7 @@ class Worker:
         self._text = TextComparison(setup.text, setup.settings.limits)
         self._spool = Path(setup.spool)
         self._packing = threading.Lock()
-        self.weights = WeightRequests(lambda request, name: self.send(Wanted(request, name)))
+        self.weights = WeightRequests(lambda request, name, held: self.send(Wanted(request, name, held)))
         self._output = output
         self._writing = threading.Lock()
 

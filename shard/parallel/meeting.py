@@ -8,8 +8,9 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -57,11 +58,41 @@ def meet(meeting: Meeting, device: torch.device) -> ProcessGroup:
         dist.init_process_group(
             backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=limit
         )
-        group = ProcessGroup(meeting.rank, meeting.size)
+        board = StoreBoard(_join_store(meeting, host, int(port), limit), meeting.rank)
+        group = ProcessGroup(meeting.rank, meeting.size, board)
         group.least(meeting.rank)
     except RuntimeError as error:
         raise _not_met(meeting, error) from error
     return group
+
+
+class StoreBoard:
+    """`Board` in the store at which the ranks met, over a connection of its own."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store = PrefixStore("board", store)
+        self._rank = rank
+
+    def post(self, key: str, value: bytes) -> None:
+        with self._reached(key):
+            self._store.set(key, b64encode(value).decode())
+
+    def read(self, key: str) -> bytes:
+        with self._reached(key):
+            return b64decode(self._store.get(key))
+
+    def remove(self, key: str) -> None:
+        with self._reached(key):
+            self._store.delete_key(key)
+
+    @contextmanager
+    def _reached(self, key: str) -> Iterator[None]:
+        """Raises RanksLost where the store does not answer, or nobody posts."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RanksLost(f"rank {self._rank} does not get {key}: {reason}") from error
 
 
 def _open_store(meeting: Meeting, host: str, port: int, limit: timedelta) -> Store:
@@ -71,8 +102,14 @@ def _open_store(meeting: Meeting, host: str, port: int, limit: timedelta) -> Sto
         return TCPStore(host, port, meeting.size, is_master=True, timeout=limit, master_listen_fd=listener)
     _await_listener(meeting, host, port)
     if meeting.store_prefix:
-        return PrefixStore(meeting.store_prefix, TCPStore(host, port, is_master=False, timeout=limit))
+        return _join_store(meeting, host, port, limit)
     return TCPStore(host, port, meeting.size, is_master=False, timeout=limit)
+
+
+def _join_store(meeting: Meeting, host: str, port: int, limit: timedelta) -> Store:
+    """A store that runs and waits for nobody any more."""
+    store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+    return PrefixStore(meeting.store_prefix, store) if meeting.store_prefix else store
 
 
 def _await_listener(meeting: Meeting, host: str, port: int) -> None:

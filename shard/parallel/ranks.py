@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from ..adapters.norms import Board
 from ..errors import RanksLost
 
 
@@ -70,10 +71,11 @@ class ProcessGroup:
     Every call raises RanksLost where the others have gone.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        """Of a process that has joined; see `meeting.meet`."""
+    def __init__(self, rank: int, size: int, board: Board) -> None:
+        """Of a process that has joined; see `meeting.meet`. `board`: for what has no place among steps."""
         self.rank = rank
         self.size = size
+        self.board = board
         self.calls: Counter[str] = Counter()
         """Collectives so far, by kind."""
 

@@ -120,15 +120,15 @@ class Guarded(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.zeros, torch.empty) and result.numel():
+        if func in (torch.zeros, torch.empty, torch.full) and result.numel():
             return guarded(result, front=self._front)
         return result
 
 
-def _stays_inside(target: Target) -> None:
+def _stays_inside(target: Target, dtype: torch.dtype = torch.bfloat16) -> None:
     """Shapes that end in the middle of every tile, at the end of memory."""
     torch.manual_seed(8)
-    dtype, widths = torch.bfloat16, (136, 72)
+    widths = (136, 72)
     y, x = torch.randn(9, 208).to(dtype), guarded(torch.randn(9, 40).to(dtype))
     for ranks in ((5, 2), (9, 6), (13, 7)):
         ops = target.ops()
@@ -210,12 +210,14 @@ def check_expand(target: Target) -> None:
 
 def check_plain(target: Target) -> None:
     _reads_its_parts(target, torch.float32)
+    _stays_inside(target, torch.float32)
     _lora(target, 37, (7, 13), torch.float32)
     torch.manual_seed(2)
-    table = embeddings(torch.float32)
+    table = {slot: replace(lora, a=guarded(lora.a)) for slot, lora in embeddings(torch.float32).items()}
     entries: list[Entries] = [((row % 6, 1.0),) if row % 7 else () for row in range(40)]
     entries[3] = ((0, 0.5), (4, -1.0))
     e, tokens = torch.randn(40, 80), torch.arange(40) * 7 % 30
+    tokens[10] = len(table[4].a)
     want = reference_embedding(e, tokens, entries, table)
     ops = target.ops()
     resident = ops.embedding_table()
@@ -296,10 +298,13 @@ def _stands_out(target: Target, shape: tuple[int, int, int], dtype: torch.dtype,
 
 
 def check_attention(target: Target) -> None:
-    for length in (5, 32, 64):
-        few = Cached([0, length], 2, 2, 80, torch.bfloat16, spare=0)
+    scores = Scores(0.2, None, None)
+    for lengths in ([0, 5], [0, 32], [64, 0]):
+        few = Cached(lengths, 2, 2, 80, torch.bfloat16, spare=0)
         few.tables, few.q, few.keys, few.values = map(guarded, (few.tables, few.q, few.keys, few.values))
-        assert_alike(few.run(target, Scores(0.2, None, None)), few.expected(Scores(0.2, None, None)))
+        with Guarded():
+            got = few.run(target, scores)
+        assert_alike(got, few.expected(scores))
     _attention(target, [(6, 2, 80), (13, 1, 80)], torch.bfloat16)
     _attention(target, [(2, 2, 256)], torch.float16)
 

@@ -61,6 +61,7 @@ EQUIVALENT = {
         ("lora_expand.cu", "if (unit.top ", " list->count"),
         ("lora_expand.cu", "i < TILES ", " 2 && strip.is_covered"),
         ("lora_expand.cu", "i < TILES ", " 2; ++i) {\n            T *at"),
+        ("lora_plain.cu", "task.slot < 0 || row ", " task.count"),
         ("lora_shrink.cu", "|| top ", " task.count"),
         ("lora_shrink.cu", "if (first ", " a_rows) {"),
         ("lora_shrink.cu", "= index ", " rows ?"),
@@ -85,8 +86,10 @@ EQUIVALENT = {
         ("lora_strip.cuh", "first = 0; first ", " part.rank"),
     ),
     "the same value, written twice": (
+        ("lora_plain.cu", "if (lane ", " 0) {"),
         ("lora_shrink.cu", "i += WARPS ", " 32"),
         ("paged_attention.cu", "i += WARPS ", " 32"),
+        ("paged_attention.cu", "blockIdx.x ", " pieces &&"),
         ("paged_attention.cu", "if (t ", " 0) {\n            tops"),
         ("paged_attention.cu", "at += WARPS ", " 32"),
         ("paged_attention.cu", "if (at ", " 0 && column == 0"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..changes import EmbeddingChange, Placed
+from ..changes import EmbeddingChange, Norm, Placed
 from ..floats import Float32
 from ..layout import EmbeddingTarget
 from .files import AdapterFiles
 from .lora_config import LoraSpec
-from .lora_dora import read_scale
+from .lora_dora import read_scale, row_squares
 from .lora_keys import EMBEDDING_A, EMBEDDING_B, MAGNITUDE
 from .lora_linear import check_pair, check_rank, check_variant
 from .lora_modules import LoraModule, Misfit
@@ -44,7 +44,7 @@ def place_embedding(
         )
     check_variant(module, MAGNITUDE, spec.dora, "use_dora", target.hidden_size)
     scale = np.float32(spec.scale_of(module.path))
-    tensors = files.tensors
+    tensors, weight_name = files.tensors, f"{target.name}.weight"
 
     def build() -> EmbeddingChange:
         rows = None if replacement is None else replacement.rows()
@@ -52,11 +52,16 @@ def place_embedding(
             factors = tensors.read(a.key), tensors.read(b.key) * scale
             if not spec.dora:
                 return EmbeddingChange(factors[0].T, factors[1], rows=rows)
-            norm_scale = read_scale(module.parts[MAGNITUDE].key, tensors, weight().T, *factors)
+            key = module.parts[MAGNITUDE].key
+            if replacement is None and target.share is not None and target.share.outputs is not None:
+                tokens = target.share.outputs.positions(vocabulary)
+                squares = row_squares(files.base.read_held(weight_name).T, factors[0][:, tokens], factors[1])
+                return EmbeddingChange(factors[0].T, factors[1], norm=Norm(tensors.read(key), squares))
+            norm_scale = read_scale(tensors.read(key), key, weight().T, *factors)
             return EmbeddingChange(factors[0].T, norm_scale[:, None] * factors[1], norm_scale, rows)
 
     def weight() -> Float32:
-        base = files.base.read(f"{target.name}.weight")
+        base = files.base.read(weight_name)
         return base if replacement is None else replacement.put_into(base)
 
     return Placed(target, rank, build)

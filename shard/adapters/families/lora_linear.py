@@ -10,7 +10,7 @@ from ..layout import Target
 from ..safetensors_header import TensorInfo
 from .files import AdapterFiles
 from .lora_config import LoraSpec
-from .lora_dora import read_scale
+from .lora_dora import are_inputs_divided, divided_change, linear_scale, read_scale
 from .lora_keys import B_BIAS, BIAS, DIAGONAL, LORA_PARTS, MAGNITUDE, WEIGHT, A, B
 from .lora_modules import LoraModule, Misfit
 from .lora_rows import Replacement
@@ -146,15 +146,31 @@ class _Linear:
         with np.errstate(over="ignore"):
             a, b = self._low_rank()
             scale = None
+            if self._spec.dora and rows is None and are_inputs_divided(self._target):
+                return self._divided(a, b)
             if self._spec.dora:
                 key = self._module.parts[MAGNITUDE].key
-                scale = read_scale(key, self._tensors, self._weight(), a, b)
+                scale = self._scale_of(key, a, b)
                 b = scale[:, None] * b
-            shift = self._bias_shift(scale)
-            if self._spec.lora_bias:
-                own = self._tensors.read(self._module.parts[B_BIAS].key) * self._scale
-                shift = own if shift is None else shift + own
+            shift = _sum(self._bias_shift(scale), self._lora_bias())
         return LinearChange(a, b, scale, shift, rows=rows)
+
+    def _scale_of(self, key: str, a: Float32, b: Float32) -> Float32:
+        if self._replacement is None:
+            return linear_scale(self._target, self._base, key, self._tensors, a, b)
+        return read_scale(self._tensors.read(key), key, self._weight(), a, b)
+
+    def _divided(self, a: Float32, b: Float32) -> LinearChange:
+        """With magnitudes, where each rank has a part of the inputs."""
+        magnitude = self._tensors.read(self._module.parts[MAGNITUDE].key)
+        own = self._bias_shift(np.zeros(self._out, np.float32))
+        shift = _sum(own, self._lora_bias())
+        return divided_change(self._target, self._base, a, b, magnitude, shift)
+
+    def _lora_bias(self) -> Float32 | None:
+        if not self._spec.lora_bias:
+            return None
+        return self._tensors.read(self._module.parts[B_BIAS].key) * self._scale
 
     def _low_rank(self) -> tuple[Float32, Float32]:
         """A [rank, in] and B [out, rank] with the scale folded in."""
@@ -200,6 +216,10 @@ class _Linear:
             base = own  # it goes with the rows
         scaled = base if scale is None else base * scale
         return None if scaled is own else own - scaled
+
+
+def _sum(one: Float32 | None, other: Float32 | None) -> Float32 | None:
+    return other if one is None else one if other is None else one + other
 
 
 def _divided(features: int, by: int) -> int:

@@ -16,7 +16,7 @@ from ..layout import AdapterLayout, EmbeddingTarget, ExpertsTarget, Target
 from ..safetensors_header import TensorInfo
 from ..tensors import Tensors
 from .files import AdapterFiles
-from .lora_dora import read_scale
+from .lora_dora import are_inputs_divided, divided_change, linear_scale
 from .modules import describe_unusable, expect_rank, expect_shape
 from .names import BaseNames
 
@@ -147,8 +147,10 @@ class _Reader:
 
     def _dora(self, target: Target, a: Float32, b: Float32, magnitude: str) -> LinearChange:
         """With trained norms, under the key `magnitude`; the base's bias stays as it is."""
-        weight = self._base.read(f"{target.name}.weight")
-        scale = read_scale(magnitude, self._tensors, weight, a, b)
+        if are_inputs_divided(target):
+            shift = self._base.read(f"{target.name}.bias") if target.has_bias else None
+            return divided_change(target, self._base, a, b, self._tensors.read(magnitude), shift)
+        scale = linear_scale(target, self._base, magnitude, self._tensors, a, b)
         shift = self._base.read(f"{target.name}.bias") * (1 - scale) if target.has_bias else None
         with np.errstate(over="ignore"):
             return LinearChange(a=a, b=b * scale[:, None], scale=scale, shift=shift)

@@ -29,7 +29,7 @@ class FullDisk(BaseTensors):
     def __init__(self) -> None:
         super().__init__({})
 
-    def write(self, name: str, path: Path) -> WeightFile:
+    def write(self, name: str, path: Path, *, held: bool = False) -> WeightFile:
         raise OSError(28, "No space left on device")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import pytest_asyncio
 
 from loraplex.shard.adapters.host_cache import HostCache
 from loraplex.shard.adapters.manifest import AdapterRequest, Source
+from loraplex.shard.adapters.norms import GroupNorms
 from loraplex.shard.adapters.store import AdapterStore
+from loraplex.shard.adapters.weights import PackedAdapter
 from loraplex.shard.adapters.worker import AdapterWorker
 from loraplex.shard.errors import AdapterFetchFailed, AdapterNotFound, AdapterRejected
 
 from ...fakes.hub import FakeHub
 from .layouts import NO_WEIGHTS, TOY, toy_files
+from .test_norms import Shelf
 from .test_worker import until, write_adapter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -94,6 +98,31 @@ async def test_host_weights_come_from_memory(store: AdapterStore, tmp_path: Path
     (directory / WEIGHTS).unlink()
     first = await store.host_weights(digest)
     assert await store.host_weights(digest) is first
+
+
+class Completing(GroupNorms):
+    """Answers a copy once, as for an adapter that was not complete, and then what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2, Shelf())
+        self.asked: list[PackedAdapter] = []
+
+    async def complete(self, digest: str, adapter: PackedAdapter) -> PackedAdapter:
+        self.asked.append(adapter)
+        return replace(adapter) if len(self.asked) == 1 else adapter
+
+
+async def test_host_weights_are_completed_once_and_offered_every_time(
+    worker: AdapterWorker, tmp_path: Path
+) -> None:
+    norms = Completing()
+    store = AdapterStore(worker, HostCache(1_000_000), norms)
+    directory = write_adapter(tmp_path / "a")
+    digest = (await store.download(AdapterRequest(Source.LOCAL, str(directory)), ignore)).digest
+    first = await store.host_weights(digest)
+    assert norms.asked[0] is not first
+    assert await store.host_weights(digest) is first
+    assert norms.asked[1] is first
 
 
 async def test_host_weights_are_parsed_again_from_unchanged_files(

@@ -7,6 +7,7 @@ One job after another: a line of JSON each on standard input, and one on standar
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from loraplex.proto import shard_pb2 as pb
 from loraplex.shard.adapters.files import FileLimits
 from loraplex.shard.adapters.layout import AdapterLayout
+from loraplex.shard.adapters.norms import GroupNorms
 from loraplex.shard.adapters.pack import Packer
 from loraplex.shard.adapters.pool import AdapterPool
 from loraplex.shard.adapters.weights import PackedAdapter, read_packed
@@ -115,7 +117,10 @@ class Runner:
             target = Path(folder, "packed")
             packer = Packer(self.loaded.layout, FileLimits())
             packed = packer.pack(Path(directory), target, self.loaded.base)
-            return read_packed(target, packed.file.index, pin=False)
+            adapter, ranks = read_packed(target, packed.file.index, pin=False), self.loaded.ranks
+        if not isinstance(ranks, ProcessGroup):
+            return adapter
+        return asyncio.run(GroupNorms(ranks.rank, ranks.size, ranks.board).complete(packed.digest, adapter))
 
     def run(self) -> Done:
         rows = range(len(self._job.prompts))

@@ -9,13 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 
+from loraplex.ports import free_port
 from loraplex.shard.errors import RanksLost
-from loraplex.shard.parallel.meeting import Meeting, meet
+from loraplex.shard.parallel.meeting import Meeting, StoreBoard, meet
 
 EXIT_FATAL = 3
 SECONDS = 90.0
@@ -87,6 +90,17 @@ def test_ranks_of_one_machine_meet_where_no_other_machine_reaches(monkeypatch: p
         meet(at, torch.device("cpu"))
     looker.join()
     assert listening == ["0100007F"]
+
+
+def test_what_one_rank_posts_another_reads() -> None:
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=0.3))
+    others = TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=0.3))
+    mine, theirs = StoreBoard(store, 0), StoreBoard(others, 1)
+    mine.post("key", bytes(range(256)))
+    assert theirs.read("key") == bytes(range(256))
+    mine.remove("key")
+    with pytest.raises(RanksLost, match="rank 1 does not get key: "):
+        theirs.read("key")
 
 
 def listeners() -> list[tuple[str, int]]:

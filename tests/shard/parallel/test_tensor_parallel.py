@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ... import tiny
+from ...tiny import AdapterRecipe
 from .rank_main import Done, Job, Runner
 from .rank_pool import RankPool
 from .recipes import recipes
@@ -94,6 +96,20 @@ def test_ranks_share_kv_heads_where_there_are_fewer(
     adapter = str(tiny.build_adapter(base, tmp_path / "dora", recipes("llama")["dora"], seed=1))
     job = Job(str(base), PROMPTS[:3], [None, adapter, "every:0"])
     assert_same(pool.run(job, size=4)[0], alone(job))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_magnitudes_of_the_embedding_on_two_ranks(
+    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path, pool: RankPool
+) -> None:
+    base = tiny_model(kind)
+    recipe = AdapterRecipe(4, targets=("embed_tokens", "down_proj"), extra={"use_dora": True})
+    adapter = str(tiny.build_adapter(base, tmp_path / "embedding", recipe, seed=2))
+    job = Job(str(base), PROMPTS[:3], [None, adapter, adapter])
+    ranks, whole = pool.run(job), alone(job)
+    assert_same(ranks[0], whole)
+    assert whole.tokens[1] != alone(replace(job, adapters=[None, None, None])).tokens[1]
 
 
 def test_adapters_add_no_collective(tiny_model: Callable[[str], Path], pool: RankPool) -> None:
