@@ -130,7 +130,7 @@ def _stays_inside(target: Target, dtype: torch.dtype = torch.bfloat16) -> None:
     torch.manual_seed(8)
     widths = (136, 72)
     y, x = torch.randn(9, 208).to(dtype), guarded(torch.randn(9, 40).to(dtype))
-    for ranks in ((5, 2), (9, 6), (13, 7)):
+    for ranks in ((5, 3), (5, 2), (9, 6), (13, 7)):
         ops = target.ops()
         weights = _adapter(ranks, 40, widths, dtype)
         parts = tuple(replace(part, b=guarded(part.b)) for part in weights.parts)
@@ -299,7 +299,7 @@ def _stands_out(target: Target, shape: tuple[int, int, int], dtype: torch.dtype,
 
 def check_attention(target: Target) -> None:
     scores = Scores(0.2, None, None)
-    for lengths in ([0, 5], [0, 32], [64, 0]):
+    for lengths in ([0, 5], [0, 32], [0, 64], [64, 0]):
         few = Cached(lengths, 2, 2, 80, torch.bfloat16, spare=0)
         few.tables, few.q, few.keys, few.values = map(guarded, (few.tables, few.q, few.keys, few.values))
         with Guarded():
