@@ -150,10 +150,10 @@ class SlowTensors(BaseTensors):
         self._tensors = tensors
         self.asked, self.allowed = threading.Event(), threading.Event()
 
-    def write(self, name: str, path: Path) -> WeightFile:
+    def write(self, name: str, path: Path, *, held: bool = False) -> WeightFile:
         self.asked.set()
         assert self.allowed.wait(30)
-        return self._tensors.write(name, path)
+        return self._tensors.write(name, path, held=held)
 
 
 async def test_a_worker_killed_in_the_middle_of_a_load_is_replaced(

@@ -74,6 +74,15 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"not ready after {seconds} s:\n{self.log_text()}")
 
+    def has_ports(self, seconds: float = START_SECONDS) -> bool:
+        """Wait until it listens. False where it ended because one of its ports was taken meanwhile."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if self.status("/health/live"):
+                return True
+            time.sleep(0.05)
+        return "Address already in use" not in self.log_text()
+
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")[-8000:]
 
@@ -169,6 +178,8 @@ def serving(arguments: Sequence[str], log: Path, **options: Any) -> Iterator[Ser
     """A ready server that is stopped, with all its processes, at the end."""
     server = Server(arguments, log, **options)
     try:
+        if not server.has_ports():  # somebody was faster
+            server = Server(arguments, log, **options)
         server.wait_ready()
         yield server
     finally:

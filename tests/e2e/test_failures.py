@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from loraplex.ports import free_port, hold_port
+
+from . import server as servers
 from .server import Refused, Server, alive, serving
 from .streams import client, stream_all, stream_one
 
@@ -104,6 +107,16 @@ def test_killing_the_launcher_leaves_no_orphan(arguments: list[str], tmp_path: P
         server.process.kill()
         server.process.wait()
         until(lambda: not [pid for pid in pids if alive(pid)], 10)
+
+
+def test_a_port_that_somebody_takes_first_costs_a_test_one_try(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold_port("127.0.0.1") as taken:
+        drawn = iter([taken.getsockname()[1]])
+        monkeypatch.setattr(servers, "free_port", lambda: next(drawn, None) or free_port())
+        with serving(arguments, tmp_path / "log") as server:
+            assert server.status("/health/ready") == 200
 
 
 def test_a_killed_router_ends_the_server_and_leaves_no_orphan(arguments: list[str], tmp_path: Path) -> None:
