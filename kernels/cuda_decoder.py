@@ -204,18 +204,12 @@ class CudaDecoderOps:
             ),
         )
         if splits > 1:
+            parts = (out.data_ptr(), room.data_ptr(), lengths.data_ptr())
             self._launcher.launch(
                 _attention("attention_combine", q.dtype, dim, rows_of_heads),
                 (rows * heads, 1, 1),
                 ATTENTION_THREADS,
-                (
-                    out.data_ptr(),
-                    room.data_ptr(),
-                    lengths.data_ptr(),
-                    np.int32(heads),
-                    np.int32(splits),
-                    window,
-                ),
+                (*parts, np.int32(heads), np.int32(splits), window),
             )
 
 

@@ -16,13 +16,11 @@ PARTS = 4
 VECTOR = 8
 """Half-precision values in 16 bytes, what kernels read at once."""
 
-_HEAD, _PART = struct.Struct("=Qii"), struct.Struct("=QQQiiii")
-RECORD_BYTES = _HEAD.size + PARTS * _PART.size
+_HEAD, _PART = "=Qii", "QQQiiii"
+RECORD_BYTES = struct.calcsize(_HEAD + PARTS * _PART)
 """Of one `Adapter` in lora_tables.cuh."""
-_RECORDS = tuple(
-    struct.Struct(f"=Qii{parts * 'QQQiiii'}{(PARTS - parts) * _PART.size}x") for parts in range(PARTS + 1)
-)
-"""The whole record of an adapter with so many parts."""
+_FORMATS = tuple(struct.Struct(_HEAD + parts * _PART) for parts in range(PARTS + 1))
+"""Of a record with so many parts, up to its last."""
 
 _EMPTY = bytes(RECORD_BYTES)
 
@@ -36,8 +34,6 @@ class TableArena:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host = np.zeros((0, 0, RECORD_BYTES), np.uint8)
-        self._bytes = self._host.reshape(-1).data
-        """The same memory: a record goes there in a fraction of the time."""
         self._stacked = np.zeros((0, 0), np.int32)
         """Rows of A at each place."""
         self._most: list[int] = []
@@ -73,8 +69,7 @@ class TableArena:
     def write(self, slot: int, place: int, record: bytes, stacked_rank: int) -> None:
         """Change one record; the device has it after the next `flush`. `stacked_rank`: rows of its A."""
         self.cover(slot + 1)
-        begin = slot * self.stride + place * RECORD_BYTES
-        self._bytes[begin : begin + RECORD_BYTES] = record
+        self._host[slot, place].data[:] = record
         before, most = self._stacked[slot, place], self._most[slot]
         self._stacked[slot, place] = stacked_rank
         if stacked_rank >= most:
@@ -116,7 +111,6 @@ class TableArena:
         host[:old_slots, :old_places] = self._host
         stacked[:old_slots, :old_places] = self._stacked
         self._host, self._stacked, self._mirror = host, stacked, None
-        self._bytes = host.reshape(-1).data
         self._most += [0] * (slots - old_slots)
         self.version += 1
 
@@ -229,7 +223,7 @@ def _record(a: torch.Tensor, parts: tuple[LoraPart, ...]) -> bytes:
         rank, width = part.b.shape
         numbers += (part.b.data_ptr(), _address(part.scale), _address(part.shift))
         numbers += (part.rank_offset, rank, part.out_offset, width)
-    return _RECORDS[len(parts)].pack(*numbers)
+    return _FORMATS[len(parts)].pack(*numbers).ljust(RECORD_BYTES, b"\0")
 
 
 def _address(vector: torch.Tensor | None) -> int:

@@ -2,20 +2,11 @@
 // pairs along k, which are put together here.
 #pragma once
 
-// Of two rows of a matrix that a lane has read, one column as a pair: the upper row's below. `a`, `b`: words with it.
-__device__ __forceinline__ unsigned column_pair(unsigned a, unsigned b, int j) {
-    return j % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
-}
-
-// Column j of four.
-__device__ __forceinline__ unsigned column_pair(uint2 upper, uint2 lower, int j) {
-    return column_pair(j < 2 ? upper.x : upper.y, j < 2 ? lower.x : lower.y, j);
-}
-
-// Column j of eight.
+// Column j of eight in two rows of a matrix that a lane has read, as a pair: the upper row's below.
 __device__ __forceinline__ unsigned column_pair(uint4 upper, uint4 lower, int j) {
-    return column_pair(j < 4 ? make_uint2(upper.x, upper.y) : make_uint2(upper.z, upper.w),
-                       j < 4 ? make_uint2(lower.x, lower.y) : make_uint2(lower.z, lower.w), j % 4);
+    const unsigned a = j < 2 ? upper.x : j < 4 ? upper.y : j < 6 ? upper.z : upper.w;
+    const unsigned b = j < 2 ? lower.x : j < 4 ? lower.y : j < 6 ? lower.z : lower.w;
+    return j % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
 }
 
 // sum += a [16 x 16] b [16 x 64], b row-major. Lane (g, t) holds columns 8 g .. 8 g + 7 of b's rows 2t, 2t + 1, 2t + 8 and

@@ -146,16 +146,16 @@ class _Linear:
         with np.errstate(over="ignore"):
             a, b = self._low_rank()
             scale = None
-            if self._spec.dora and rows is None and are_inputs_divided(self._target):
-                return self._divided(a, b)
             if self._spec.dora:
-                key = self._module.parts[MAGNITUDE].key
-                scale = self._scale_of(key, a, b)
+                if rows is None and are_inputs_divided(self._target):
+                    return self._divided(a, b)
+                scale = self._norm_scale(a, b)
                 b = scale[:, None] * b
             shift = _sum(self._bias_shift(scale), self._lora_bias())
         return LinearChange(a, b, scale, shift, rows=rows)
 
-    def _scale_of(self, key: str, a: Float32, b: Float32) -> Float32:
+    def _norm_scale(self, a: Float32, b: Float32) -> Float32:
+        key = self._module.parts[MAGNITUDE].key
         if self._replacement is None:
             return linear_scale(self._target, self._base, key, self._tensors, a, b)
         return read_scale(self._tensors.read(key), key, self._weight(), a, b)
