@@ -34,7 +34,6 @@ from .packed import (
     PackedNorm,
     PackedPart,
     PackedRows,
-    PackedSite,
     PackedWriter,
 )
 
@@ -54,18 +53,35 @@ def assemble(adapter: ParsedAdapter, file: BinaryIO, dtype: str) -> PackedIndex:
     for placed in adapter.placed:
         sites.setdefault(placed.target.site, []).append(placed)
     assembler = _Assembler(PackedWriter(file), dtype)
-    packed = tuple(assembler.site(site, sites[site]) for site in sorted(sites))
-    return PackedIndex(file.tell(), adapter.modules, packed)
+    for site in sorted(sites):
+        assembler.add(site, sites[site])
+    return assembler.index(adapter.modules)
 
 
 class _Assembler:
-    """Writes sites to one file."""
+    """Writes sites to one file, and keeps where they lie."""
 
     def __init__(self, writer: PackedWriter, dtype: str) -> None:
         self._writer = writer
         self._dtype = dtype
+        self._linear_sites: list[PackedLinears] = []
+        self._embeddings: list[PackedEmbedding] = []
+        self._saved: list[PackedModule] = []
+        self._expert_sites: list[PackedExperts] = []
 
-    def site(self, site: int, placed: Sequence[Placed]) -> PackedSite:
+    def index(self, modules: int) -> PackedIndex:
+        """Of all that was written, which changes so many modules of the base."""
+        return PackedIndex(
+            self._writer.nbytes,
+            modules,
+            tuple(self._linear_sites),
+            tuple(self._embeddings),
+            tuple(self._saved),
+            tuple(self._expert_sites),
+        )
+
+    def add(self, site: int, placed: Sequence[Placed]) -> None:
+        """Write what changes one site."""
         changes: dict[str, list[Change]] = {}
         targets = {}
         for one in placed:
@@ -80,17 +96,18 @@ class _Assembler:
                     for name, parts in changes.items()
                 ]
                 linears.sort(key=lambda pair: pair[0].out_offset)
-                return self._linears(site, linears)
+                self._linear_sites.append(self._linears(site, linears))
             case EmbeddingChange():
                 embedding = _combine(name, cast(list[EmbeddingChange], first))
-                return self._embedding(cast(EmbeddingTarget, target), embedding)
+                self._embeddings.append(self._embedding(cast(EmbeddingTarget, target), embedding))
             case ModuleChange():
                 module = _union(name, [change.parameters for change in cast(list[ModuleChange], first)])
-                return PackedModule(site, {key: self._write(name, value) for key, value in module.items()})
+                written = {key: self._write(name, value) for key, value in module.items()}
+                self._saved.append(PackedModule(site, written))
             case ExpertsChange():
                 experts = _union(name, [change.parameters for change in cast(list[ExpertsChange], first)])
                 held = cast(ExpertsChange, cut(ExpertsChange(experts), target))
-                return self._experts(site, name, held.parameters)
+                self._expert_sites.append(self._experts(site, name, held.parameters))
 
     def _linears(self, site: int, linears: Sequence[tuple[Target, LinearChange]]) -> PackedLinears:
         """`linears`: as a whole, in the order of their columns."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-import msgspec
 
 from .files import read_regular
 from .floats import Float32, read_float32
@@ -39,7 +38,8 @@ class BaseWeights(Protocol):
         ...
 
 
-class WeightFile(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class WeightFile:
     """A base weight in a file. Whoever receives it deletes it."""
 
     path: str

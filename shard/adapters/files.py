@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from ..errors import AdapterRejected
@@ -33,7 +33,8 @@ PICKLE_REFUSED = (
 _CHUNK = 1024 * 1024
 
 
-class FileLimits(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class FileLimits:
     """The largest files that are fetched or read, in bytes."""
 
     config: int = 1024 * 1024

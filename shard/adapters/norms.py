@@ -6,20 +6,22 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Protocol, TypeVar
 
-import msgspec
 import numpy as np
 import torch
 
 from ..errors import AdapterFetchFailed, AdapterRejected
 from .floats import Float32
-from .packed import PackedArray, PackedEmbedding, PackedLinears, PackedNorm, PackedPart, PackedSite
+from .packed import PackedArray, PackedEmbedding, PackedNorm, PackedPart
 from .weights import PackedAdapter, Views
 
 KEPT = 16
 """Adapters whose squares a rank leaves for the others at most."""
+
+Scaled = TypeVar("Scaled", PackedPart, PackedEmbedding)
 
 
 class Board(Protocol):
@@ -100,12 +102,11 @@ class _Part:
 
 def _normed(adapter: PackedAdapter) -> Iterator[_Part]:
     """What the ranks have the norms of between them, in the order of the index."""
-    for site in adapter.index.sites:
-        if isinstance(site, PackedLinears):
-            for part in site.parts:
-                if part.norm is not None:
-                    yield _Part(part.norm, part.b, part.shift, part.scale is not None)
-        elif isinstance(site, PackedEmbedding) and site.norm is not None and site.b is not None:
+    for part in chain.from_iterable(site.parts for site in adapter.index.linears):
+        if part.norm is not None:
+            yield _Part(part.norm, part.b, part.shift, part.scale is not None)
+    for site in adapter.index.embeddings:
+        if site.norm is not None and site.b is not None:
             yield _Part(site.norm, site.b, None, site.scale is not None)
 
 
@@ -126,18 +127,11 @@ def _with_scales(adapter: PackedAdapter, parts: list[_Part], squares: Float32) -
         if part.norm.bias is not None and part.shift is not None:
             views.view(part.shift).sub_(views.view(part.norm.bias) * scale)
         views.view(part.norm.magnitude).copy_(scale)
-    sites = tuple(_scaled(site) for site in adapter.index.sites)
-    return PackedAdapter(msgspec.structs.replace(adapter.index, sites=sites), adapter.buffer)
+    linears = tuple(replace(site, parts=tuple(map(_scaled, site.parts))) for site in adapter.index.linears)
+    embeddings = tuple(map(_scaled, adapter.index.embeddings))
+    return replace(adapter, index=replace(adapter.index, linears=linears, embeddings=embeddings))
 
 
-def _scaled(site: PackedSite) -> PackedSite:
-    """A site whose scales lie where its magnitudes lay."""
-    if isinstance(site, PackedLinears):
-        return msgspec.structs.replace(site, parts=tuple(map(_scaled_part, site.parts)))
-    if isinstance(site, PackedEmbedding) and site.norm is not None:
-        return msgspec.structs.replace(site, scale=site.norm.magnitude)
-    return site
-
-
-def _scaled_part(part: PackedPart) -> PackedPart:
-    return part if part.norm is None else msgspec.structs.replace(part, scale=part.norm.magnitude)
+def _scaled(part: Scaled) -> Scaled:
+    """Whose scale lies where its magnitude lay."""
+    return part if part.norm is None else replace(part, scale=part.norm.magnitude)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import BinaryIO
-
-import msgspec
 
 from .floats import Stored
 
@@ -12,7 +11,8 @@ ALIGNMENT = 128
 """Bytes; a cache line of a GPU, and a multiple of every vector load."""
 
 
-class PackedArray(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PackedArray:
     """A row-major array inside the file."""
 
     offset: int
@@ -22,7 +22,8 @@ class PackedArray(msgspec.Struct, frozen=True):
     """"float32", "bfloat16", "float16" or "int64"."""
 
 
-class PackedNorm(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PackedNorm:
     """What a part's scale is made of; see `changes.Norm`."""
 
     magnitude: PackedArray
@@ -31,7 +32,8 @@ class PackedNorm(msgspec.Struct, frozen=True):
     bias: PackedArray | None = None
 
 
-class PackedPart(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PackedPart:
     """One linear's share of a site; see `kernels.ops.LoraPart`."""
 
     rank_offset: int
@@ -43,7 +45,8 @@ class PackedPart(msgspec.Struct, frozen=True):
     """Where ranks have its norms between them. Without a scale beside it, the part cannot be served yet."""
 
 
-class PackedRows(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PackedRows:
     """Replaced rows of a weight; see `weights.ReplacedRows`."""
 
     out_offset: int
@@ -53,7 +56,8 @@ class PackedRows(msgspec.Struct, frozen=True):
     height: int = 0
 
 
-class PackedLinears(msgspec.Struct, frozen=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class PackedLinears:
     """One adapter at linears that share an input; see `weights.LinearWeights`."""
 
     site: int
@@ -64,7 +68,8 @@ class PackedLinears(msgspec.Struct, frozen=True, tag=True):
     rows: tuple[PackedRows, ...] = ()
 
 
-class PackedEmbedding(msgspec.Struct, frozen=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class PackedEmbedding:
     """One adapter at the embedding; see `weights.EmbeddingWeights`."""
 
     site: int
@@ -76,31 +81,34 @@ class PackedEmbedding(msgspec.Struct, frozen=True, tag=True):
     """As of a part."""
 
 
-class PackedModule(msgspec.Struct, frozen=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class PackedModule:
     """A module's own parameters, by name."""
 
     site: int
     parameters: dict[str, PackedArray]
 
 
-class PackedExperts(msgspec.Struct, frozen=True, tag=True):
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
     """A and B of the experts' parameters, by parameter."""
 
     site: int
     parameters: dict[str, tuple[PackedArray, PackedArray]]
 
 
-PackedSite = PackedLinears | PackedEmbedding | PackedModule | PackedExperts
-
-
-class PackedIndex(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PackedIndex:
     """Where everything lies in the packed file."""
 
     nbytes: int
     """Length of the file."""
     modules: int
     """Base modules that the adapter changes."""
-    sites: tuple[PackedSite, ...]
+    linears: tuple[PackedLinears, ...] = ()
+    embeddings: tuple[PackedEmbedding, ...] = ()
+    saved: tuple[PackedModule, ...] = ()
+    experts: tuple[PackedExperts, ...] = ()
 
 
 class PackedWriter:

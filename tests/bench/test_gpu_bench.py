@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -112,6 +114,23 @@ def test_the_points_are_the_grid_that_is_asked_for() -> None:
     assert {point.rows for point in found} == {1, 8, 32, 128}
     assert {point.rank for point in found} >= {8, 16, 64}
     assert all(point.rows % point.adapters == 0 for point in found)
+
+
+BESIDES = ("msgspec", "typer", "prometheus_client", "uvloop", "grpc_health", "grpc_reflection", "grpc_status")
+"""What the server needs and a measurement does not."""
+
+
+def test_it_runs_where_little_is_installed() -> None:
+    """As far as a machine without a GPU lets it."""
+    script = (
+        "import os, runpy, sys\n"
+        "os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"
+        f"sys.modules.update(dict.fromkeys({BESIDES}))\n"
+        "runpy.run_module('bench.gpu', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stderr == "bench.gpu: torch sees no CUDA device\n"
+    assert run.returncode == 2
 
 
 def test_a_run_prints_its_tables_and_yields_every_figure(

@@ -153,7 +153,7 @@ def test_a_rank_that_brings_nothing_is_told_of(tmp_path: Path) -> None:
     part = Dora().part(0, tmp_path)
     with pytest.raises(RanksLost, match="norms of d on rank 1"):
         asyncio.run(GroupNorms(0, 2, Shelf(patience=0.05)).complete("d", part))
-    assert all(one.scale is None for one in part.index.sites[0].parts)  # type: ignore[union-attr]
+    assert all(one.scale is None for one in part.index.linears[0].parts)
 
 
 def test_ranks_of_different_models_are_told_apart(tmp_path: Path) -> None:
