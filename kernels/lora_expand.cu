@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 3 : 5)
                 const Tasks *__restrict__ tasks, const char *table, long long table_stride, int shares) {
     __shared__ __align__(16) Adapter records[WARPS];
     const Table adapters = {table, table_stride, shares};
-    const Matrix<T> result = {y, y_stride, columns};
+    const Matrix<T> result = {y, (int)(y_stride / 8), columns};
     Desk desk = {records[threadIdx.x / 32], -1};
 
     for (Walk walk(tasks, columns); walk.left > 0; walk.advance()) {
@@ -61,12 +61,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 3 : 5)
             continue;
         }
         Strip strip;
-        add_list<T>(strip, result, hidden, splits, unit, adapters, desk);
+        const Lines<T> lines(result, unit);
+        add_list<T>(strip, lines, hidden, splits, unit, adapters, desk);
 #pragma unroll
-        for (int i = 0; i < TILES * 2 && strip.is_covered; ++i) {
-            T *at = find(result, unit, i / 2, i % 2);
-            if (at) {
-                *(uint4 *)at = rounded<T>(strip.sum[i / 2], i % 2);
+        for (int i = 0; i < LANE_ROWS; ++i) {
+            if (lines.has(i) && strip.is_covered) {
+                *(uint4 *)lines.at(i) = rounded<T>(strip.sum[i / 2], i % 2);
             }
         }
     }
@@ -78,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
     __shared__ __align__(16) Adapter records[WARPS];
     const Table adapters = {table, table_stride, shares};
     const int width = columns / 2;
-    const Matrix<const T> base = {y, y_stride, columns};
-    const Matrix<T> result = {out, width, width};
+    const Matrix<const T> base = {y, (int)(y_stride / 8), columns};
+    const Matrix<T> result = {out, width / 8, width};
     Desk desk = {records[threadIdx.x / 32], -1};
 
     for (Walk walk(tasks, width); walk.left > 0; walk.advance()) {
@@ -90,24 +90,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
         }
         const Unit up = {list, unit.top, width + unit.column};
         Strip strip;
-        uint4 gate[TILES][2];
-        add_list<T>(strip, base, hidden, splits, unit, adapters, desk);
+        uint4 gate[LANE_ROWS];
+        const Lines<const T> gates(base, unit);
+        add_list<T>(strip, gates, hidden, splits, unit, adapters, desk);
         if (!strip.is_loaded) {
-            load_strip<T>(strip, base, unit);
+            load_strip<T>(strip, gates);
         }
 #pragma unroll
-        for (int i = 0; i < TILES * 2; ++i) {
-            gate[i / 2][i % 2] = rounded<T>(strip.sum[i / 2], i % 2);
+        for (int i = 0; i < LANE_ROWS; ++i) {
+            gate[i] = rounded<T>(strip.sum[i / 2], i % 2);
         }
-        add_list<T>(strip, base, hidden, splits, up, adapters, desk);
+        const Lines<const T> ups(base, up);
+        add_list<T>(strip, ups, hidden, splits, up, adapters, desk);
         if (!strip.is_loaded) {
-            load_strip<T>(strip, base, up);
+            load_strip<T>(strip, ups);
         }
+        const Lines<T> lines(result, unit);
 #pragma unroll
-        for (int i = 0; i < TILES * 2; ++i) {
-            T *at = find(result, unit, i / 2, i % 2);
-            if (at) {
-                *(uint4 *)at = gated<T>(gate[i / 2][i % 2], rounded<T>(strip.sum[i / 2], i % 2));
+        for (int i = 0; i < LANE_ROWS; ++i) {
+            if (lines.has(i)) {
+                *(uint4 *)lines.at(i) = gated<T>(gate[i], rounded<T>(strip.sum[i / 2], i % 2));
             }
         }
     }

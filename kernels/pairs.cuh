@@ -6,7 +6,7 @@
 __device__ __forceinline__ unsigned column_pair(uint4 upper, uint4 lower, int j) {
     const unsigned a = j < 2 ? upper.x : j < 4 ? upper.y : j < 6 ? upper.z : upper.w;
     const unsigned b = j < 2 ? lower.x : j < 4 ? lower.y : j < 6 ? lower.z : lower.w;
-    return j % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+    return __byte_perm(a, b, j % 2 ? 0x7632 : 0x5410);
 }
 
 // sum += a [16 x 16] b [16 x 64], b row-major. Lane (g, t) holds columns 8 g .. 8 g + 7 of b's rows 2t, 2t + 1, 2t + 8 and

@@ -15,9 +15,12 @@ import random
 import re
 import sys
 import tempfile
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from loraplex.kernels import source
@@ -59,13 +62,11 @@ EQUIVALENT = {
         ("lora_expand.cu", "(columns + STRIP ", " 1) / STRIP"),
         ("lora_expand.cu", "if (unit.top ", " unit.list->count"),
         ("lora_expand.cu", "if (unit.top ", " list->count"),
-        ("lora_expand.cu", "i < TILES ", " 2 && strip.is_covered"),
-        ("lora_expand.cu", "i < TILES ", " 2; ++i) {\n            T *at"),
         ("lora_plain.cu", "task.slot < 0 || row ", " task.count"),
         ("lora_shrink.cu", "|| top ", " task.count"),
         ("lora_shrink.cu", "if (first ", " a_rows) {"),
         ("lora_shrink.cu", "= index ", " rows ?"),
-        ("lora_strip.cuh", "left = row ", " hidden.count ?"),
+        ("lora_strip.cuh", "pairs[TILES][2];\n#pragma unroll\n        for (int tile = 0; tile ", " TILES"),
         ("lora_strip.cuh", "is_in = begin ", " column"),
         ("lora_strip.cuh", "column + STRIP ", " end > column"),
         ("lora_strip.cuh", "&& end ", " column;"),
@@ -80,10 +81,18 @@ EQUIVALENT = {
         ("paged_attention.cu", "if (g ", " row * 8 < group && at < OUT"),
         ("paged_attention.cu", "if (g + row * 8 ", " group && at < OUT"),
     ),
+    "memory that is sent for": (
+        ("lora_strip.cuh", "i = 0; i ", " 4; ++i) {\n            if (has"),
+        ("lora_strip.cuh", "prefetch_16(row(rank ", " i)"),
+        ("lora_strip.cuh", "later = first ", " 16; first"),
+        ("lora_strip.cuh", "16; first ", " 0 && later"),
+        ("lora_strip.cuh", "0 && later ", " ranks"),
+        ("lora_strip.cuh", "send_for(later ", " own)"),
+    ),
     "sums of zeros": (
         ("lora_plain.cu", "&& list->length ", " 0; column"),
         ("lora_shrink.cu", "round = begin; round ", " end"),
-        ("lora_strip.cuh", "first = 0; first ", " part.rank"),
+        ("lora_strip.cuh", "first = -skipped; first ", " ranks"),
     ),
     "the same value, written twice": (
         ("lora_plain.cu", "if (lane ", " 0) {"),
@@ -155,15 +164,26 @@ def chosen(files: Sequence[str], *, every: bool) -> list[Mutant]:
     return result
 
 
-def passes(file: str, text: str) -> bool:
-    """Whether a file's check passes with this text. In a process of its own: it may crash, or never end."""
-    child = _CONTEXT.Process(target=_check, args=(file, text))
-    child.start()
-    child.join(PATIENCE)
-    if child.is_alive():
-        child.kill()
-        child.join()
-    return child.exitcode == 0
+def passing(texts: Sequence[tuple[str, str]]) -> list[bool]:
+    """For each (file, text), whether the file's check passes with that text. Each runs in a process of its
+    own: it may crash, or never end."""
+    results = [False] * len(texts)
+    waiting = deque(enumerate(texts))
+    running: dict[ForkServerProcess, tuple[int, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            index, job = waiting.popleft()
+            child = _CONTEXT.Process(target=_check, args=job)
+            child.start()
+            running[child] = index, time.monotonic() + PATIENCE
+        wait([child.sentinel for child in running], timeout=1.0)
+        for child, (index, deadline) in list(running.items()):
+            if not child.is_alive() or time.monotonic() > deadline:
+                child.kill()
+                child.join()
+                results[index] = child.exitcode == 0
+                del running[child]
+    return results
 
 
 def _check(file: str, text: str) -> None:
@@ -197,11 +217,10 @@ def main() -> int:
     options = parser.parse_args()
     _CONTEXT.set_forkserver_preload(["tests.kernels.checks"])
     found = chosen(options.files, every=options.every)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        works = pool.map(lambda file: passes(file, original(file)), options.files)
-        failing = [file for file, is_right in zip(options.files, works, strict=True) if not is_right]
-        alive = pool.map(lambda mutant: passes(mutant.file, mutant.text()), found)
-        left = [mutant for mutant, is_alive in zip(found, alive, strict=True) if is_alive]
+    originals = passing([(file, original(file)) for file in options.files])
+    failing = [file for file, passes in zip(options.files, originals, strict=True) if not passes]
+    alive = passing([(mutant.file, mutant.text()) for mutant in found])
+    left = [mutant for mutant, is_alive in zip(found, alive, strict=True) if is_alive]
     for file in failing:
         print(f"{file} itself fails")
     for mutant in left:

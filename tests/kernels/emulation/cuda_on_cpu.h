@@ -66,6 +66,16 @@ inline float __uint_as_float(unsigned bits) {
     return x;
 }
 
+// Four of the eight bytes of x, which are the lower ones, and y: each named by four bits of `selector`.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = x | (uint64_t)y << 32;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        result |= (unsigned)(bytes >> (selector >> i * 4 & 7) * 8 & 0xff) << i * 8;
+    }
+    return result;
+}
+
 namespace emulation {
 
 constexpr size_t STACK = 256 * 1024;

@@ -155,6 +155,11 @@ inline uint4 load_16(const void *address, const emulation::Place &place = emulat
 inline uint4 load_once(const void *address, const emulation::Place &place = emulation::here("load")) {
     return load_16(address, place);
 }
+// Sent for is only what there is.
+inline void prefetch_16(const void *address, const emulation::Place &place = emulation::here("prefetch")) {
+    volatile unsigned seen = load_16(address, place).x;
+    (void)seen;
+}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
