@@ -11,7 +11,7 @@ from . import _native
 from .cpu import CpuLoraOps
 from .device_tables import PARTS, RECORD_BYTES, DeviceTable, LoraTables
 from .ops import EmbeddingTable, LoraDelta, Placed, Routing, SiteTable
-from .placement import HEADER_BYTES, Chunks, identity_of, plan_tasks, write_tasks
+from .placement import HEADER_BYTES, Chunks, Latest, identity_of, plan_tasks, write_tasks
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 """What the extension computes with, by its own numbers."""
@@ -43,8 +43,7 @@ class NativeLoraOps:
     def __init__(self) -> None:
         self._others = CpuLoraOps()
         self._tables = LoraTables(torch.device("cpu"))
-        self._last: tuple[object, NativeRouting] | None = None
-        """What was placed last, and what it was made from."""
+        self._latest: Latest[NativeRouting] = Latest()
 
     def site_table(self, widths: Sequence[int], *, shares: int = 1) -> SiteTable:
         if len(widths) > PARTS:
@@ -55,16 +54,11 @@ class NativeLoraOps:
         return self._others.embedding_table()
 
     def place(self, routing: Routing, *, shares: int = 1) -> NativeRouting:
-        """See `LoraOps.place`. Answers what it answered last where nothing has changed, as from one decode
-        step to the next while no sequence begins or ends."""
+        """See `LoraOps.place`. Answers what it answered last where nothing has changed."""
         self._tables.update(max(routing.slots, default=0) // shares + 1)
         groups = identity_of(routing)
         wanted = None if groups is None else (routing.rows, shares, groups, self._tables.versions)
-        if wanted is not None and self._last is not None and self._last[0] == wanted:
-            return self._last[1]
-        placed = self._place(routing, shares)
-        self._last = None if wanted is None else (wanted, placed)
-        return placed
+        return self._latest.of(wanted, lambda: self._place(routing, shares))
 
     def _place(self, routing: Routing, shares: int) -> NativeRouting:
         everything = replace(routing, decode_rows=routing.rows)

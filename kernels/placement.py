@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,8 @@ SHRINK_BLOCKS = 2
 """For each processor."""
 MANY_STRETCHES = 16
 """Of one task, that there are blocks for."""
+
+Made = TypeVar("Made")
 
 _NOTHING: Entries = ((-1, 0.0),)
 """What rows without entries are said to name."""
@@ -124,6 +126,22 @@ def identity_of(routing: Routing) -> list[tuple[Entries, int, int]] | None:
             return None
         groups.append((group.entries, group.rows.start, group.rows.stop))
     return groups
+
+
+class Latest(Generic[Made]):
+    """Keeps what was made last, for as long as it would be made alike: from one decode step to the next while
+    no sequence begins or ends."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[object, Made] | None = None
+
+    def of(self, made_from: object | None, make: Callable[[], Made]) -> Made:
+        """What `make` gives, or gave. `made_from`: None where that cannot be compared."""
+        if made_from is not None and self._kept is not None and self._kept[0] == made_from:
+            return self._kept[1]
+        made = make()
+        self._kept = None if made_from is None else (made_from, made)
+        return made
 
 
 class _Span(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear
 
 from .ops import LoraPart, LoraWeights, Routing
-from .placement import identity_of
+from .placement import Latest, identity_of
 
 SLOTS = 4
 ROWS = 64
@@ -45,7 +45,7 @@ class Steadiness:
         self._next: frozenset[int] = frozenset()
         self._steps = 0
         """In a row, in which all adapters were among the next ones."""
-        self._last: tuple[object, SteadyRouting] | None = None
+        self._latest: Latest[SteadyRouting] = Latest()
 
     def place(self, routing: Routing) -> Routing:
         """Count one step, and answer its routing: the same object while nothing changes."""
@@ -53,11 +53,7 @@ class Steadiness:
             return routing
         groups = identity_of(routing)
         wanted = None if groups is None else (routing.rows, groups, self._stacked)
-        if wanted is not None and self._last is not None and self._last[0] == wanted:
-            return self._last[1]
-        placed = steady(routing, tuple(sorted(self._stacked)))
-        self._last = None if wanted is None else (wanted, placed)
-        return placed
+        return self._latest.of(wanted, lambda: steady(routing, tuple(sorted(self._stacked))))
 
     def _covers(self, slots: frozenset[int]) -> bool:
         """Whether these are stacked; changes what is."""
