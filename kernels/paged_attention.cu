@@ -3,7 +3,8 @@
 //   out[r, h] = softmax over tokens of (score(q[r, h] . k[token, h / group])) v[token, h / group]
 //
 // q, out [rows, kv_heads * group, DIM]; keys, values [blocks, block_size, kv_heads, DIM]; tables [rows, table_width] int32;
-// lengths [rows] int64, 0 for a row of padding, whose output is zero; group at most HEADS, which is 8 or 16, block_size a multiple of 16.
+// lengths [rows] int64, 0 for a row of padding, whose output is zero; group at most HEADS, which is 8 or 16, block_size a
+// multiple of 16.
 // score(s) = scale * s, or softcap * tanh(scale * s / softcap) where softcap > 0. The last `window` tokens are seen.
 //
 // A block has all query heads of one KV head, over SPLIT tokens: each of its warps takes every fourth stretch of 16
@@ -34,17 +35,33 @@ struct State {
     float top[HALVES], mass[HALVES];
 };
 
+// Which of a row's blocks a token is in, and which of its tokens it is.
+struct Place {
+    int block, token;
+
+    __device__ __forceinline__ Place(int token, int block_size) : block(token / block_size), token(token % block_size) {}
+    // By a distance that is told as a place: a division would keep the next loads waiting.
+    __device__ __forceinline__ void advance(const Place &distance, int block_size) {
+        block += distance.block;
+        token += distance.token;
+        if (token >= block_size) {
+            token -= block_size;
+            ++block;
+        }
+    }
+};
+
 __device__ __forceinline__ uint4 read(const T *from, bool inside) {
     return inside ? load_once(from) : make_uint4(0, 0, 0, 0);
 }
 
 // A lane's part of the keys of eight tokens.
-__device__ __forceinline__ void load_keys(uint4 (&k)[STEPS], const T *keys, long long stride) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+__device__ __forceinline__ void load_keys(uint4 (&k)[STEPS], const T *keys, int stride) {
+    const int g = threadIdx.x % 32 / 4, at = threadIdx.x % 4 * 8;
+    const T *own = keys + (g * stride + at);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        const int at = step * 32 + t * 8;
-        k[step] = read(keys + g * stride + at, at < DIM);
+        k[step] = read(own + step * 32, step * 32 + at < DIM);
     }
 }
 
@@ -62,7 +79,8 @@ __device__ __forceinline__ void score(float (&s)[4], const uint4 (&low)[STEPS], 
 }
 
 // Turn scores into p = 2^(s - top), of tokens first .. end - 1 that lie at or behind `begin`, and rescale what was summed.
-__device__ __forceinline__ void soften(float (&s)[2][4], State &state, int first, int begin, int end, float scale, float softcap) {
+__device__ __forceinline__ void soften(float (&s)[2][4], State &state, int first, int begin, int end, float scale,
+                                       float softcap) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int row = 0; row < HALVES; ++row) {
@@ -103,14 +121,15 @@ __device__ __forceinline__ void soften(float (&s)[2][4], State &state, int first
 }
 
 // A lane's part of the values of 16 tokens. Those from `count` on are not read: what lies there may be anything.
-__device__ __forceinline__ void load_values(uint4 (&v)[STRIPS][4], const T *values, long long stride, int count) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+__device__ __forceinline__ void load_values(uint4 (&v)[STRIPS][4], const T *values, int stride, int count) {
+    const int at = threadIdx.x % 32 / 4 * 8;
 #pragma unroll
-    for (int strip = 0; strip < STRIPS; ++strip) {
+    for (int i = 0; i < 4; ++i) {
+        const int token = threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8;
+        const T *own = values + (token * stride + at);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int token = t * 2 + i % 2 + i / 2 * 8, at = strip * 64 + g * 8;
-            v[strip][i] = read(values + token * stride + at, at < OUT && token < count);
+        for (int strip = 0; strip < STRIPS; ++strip) {
+            v[strip][i] = read(own + strip * 64, strip * 64 + at < OUT && token < count);
         }
     }
 }
@@ -184,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     float scale, float softcap, int window) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int pieces = rows * kv_heads * (DIM / OUT);
-    const long long stride = (long long)kv_heads * DIM;
+    const int stride = kv_heads * DIM;
 
     const int piece = blockIdx.x % pieces, column = piece % (DIM / OUT) * OUT, kv_head = piece / (DIM / OUT) % kv_heads;
     const long long row = piece / (DIM / OUT) / kv_heads, head = (row * kv_heads + kv_head) * group;
@@ -196,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
         }
         return;
     }
+    const Place distance(WARPS * 16, block_size);
     const int begin = max(length - window, 0), last = (length - 1) / SPLIT;
     uint4 low[STEPS], high[STEPS];
 #pragma unroll
@@ -211,17 +231,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
             state.top[row] = MINUS_INFINITY;
         }
         const int end = min(length, (split + 1) * SPLIT), start = max(begin / 16 * 16, split * SPLIT);
-        int block = start + warp * 16 < end ? table[(start + warp * 16) / block_size] : 0;
+        Place place(start + warp * 16, block_size);
+        int block = start + warp * 16 < end ? table[place.block] : 0;
 #pragma unroll 1
         for (int first = start + warp * 16; first < end; first += WARPS * 16) {
-            const long long at = (block * (long long)block_size + first % block_size) * stride + kv_head * DIM;
+            const long long at = (block * (long long)block_size + place.token) * stride + kv_head * DIM;
             float s[2][4] = {};
             uint4 k[2][STEPS], v[STRIPS][4];
             load_keys(k[0], keys + at, stride);
             load_keys(k[1], keys + at + 8 * stride, stride);
             load_values(v, values + at + column, stride, end - first);
-            const int following = first + WARPS * 16;
-            block = following < end ? table[following / block_size] : 0;
+            place.advance(distance, block_size);
+            block = first + WARPS * 16 < end ? table[place.block] : 0;
             score(s[0], low, high, k[0]);
             score(s[1], low, high, k[1]);
             soften(s, state, first, begin, end, scale, softcap);

@@ -279,7 +279,7 @@ def check_rope(target: Target) -> None:
 def _attention(target: Target, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     for heads, kv_heads, dim in shapes:
-        cached = Cached([600, 0, 17, 1030, 1, SPLIT], heads, kv_heads, dim, dtype, block_size=32)
+        cached = Cached([600, 0, 17, 1030, 1, SPLIT], heads, kv_heads, dim, dtype, block_size=48)
         cached.q, cached.keys, cached.values = map(guarded, (cached.q, cached.keys, cached.values))
         for scores in (Scores(0.2, None, None), Scores(0.3, 40, 0.9), Scores(0.2, 530, None)):
             assert_alike(cached.run(target, scores), cached.expected(scores))
