@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -27,10 +29,22 @@ PROXIES = dict.fromkeys(
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with loraplex installed from a wheel, as `pip install --target` leaves it."""
+    """A folder with loraplex installed from a wheel, as `pip install --target` leaves it. The wheel is made
+    of a copy, its extension without optimization, which takes a fifth of the time."""
     wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
+    source = tmp_path_factory.mktemp("source") / "loraplex"
+    ignored = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "tests", "bench")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    compiler = wheels / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {sysconfig.get_config_var("CXX")} "$@" -O0\n')
+    compiler.chmod(0o755)
     pip = [sys.executable, "-m", "pip", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(ROOT)], check=True, timeout=300)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "-w", str(wheels), str(source)],
+        env=os.environ | {"CC": str(compiler), "CXX": str(compiler)},
+        check=True,
+        timeout=300,
+    )
     [wheel] = wheels.glob("loraplex-*.whl")
     subprocess.run(
         [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, timeout=300

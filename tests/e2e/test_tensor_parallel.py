@@ -105,12 +105,12 @@ GOES = [(rank, number) for rank in (0, 1) for number in (signal.SIGKILL, signal.
 """Which rank goes, and how."""
 
 
-def decoding(_: Path) -> list[dict[str, Any]]:
+def decoding() -> list[dict[str, Any]]:
     """Streams that have had tokens for a while when the rank goes."""
     return [body("alpha", 480)] * 4
 
 
-def prefilling(_: Path) -> list[dict[str, Any]]:
+def prefilling() -> list[dict[str, Any]]:
     """Prompts of several chunks each, and one token."""
     return [body("alpha", 1) | {"prompt": [7] * 500}] * 60
 
@@ -123,23 +123,25 @@ def loading(adapter: Path) -> list[dict[str, Any]]:
     return [body(str(name), 8) for name in names]
 
 
-@pytest.mark.parametrize("work", [decoding, prefilling, loading])
-async def test_a_rank_that_goes_takes_its_group_with_it(
-    work: Callable[[Path], list[dict[str, Any]]], pair: Server, two_adapters: dict[str, Path]
-) -> None:
-    """Whatever was under way ends whole or with a typed error, and the group comes back without orphans."""
-    whole = [stream.text for stream in await stream_all(pair.url, work(two_adapters["beta"]))]
+async def test_a_rank_that_goes_takes_its_group_with_it(pair: Server, two_adapters: dict[str, Path]) -> None:
+    """Whatever was under way, here decode steps, prefills and loads, ends whole or with a typed error, and
+    the group comes back without orphans."""
+
+    def start() -> list[asyncio.Task[list[Streamed]]]:
+        kinds = (decoding(), prefilling(), loading(two_adapters["beta"]))
+        return [asyncio.create_task(stream_all(pair.url, bodies)) for bodies in kinds]
+
+    whole = [stream.text for streams in await asyncio.gather(*start()) for stream in streams]
     for count, (rank, number) in enumerate(GOES, start=1):
-        before = shards(pair)
-        running = asyncio.create_task(stream_all(pair.url, work(two_adapters["beta"])))
+        before, running = shards(pair), start()
         await asyncio.to_thread(pair.generate, 1)
-        assert not running.done()
+        assert not any(kind.done() for kind in running)
         os.kill(before[rank], number)
         await asyncio.to_thread(until, lambda n=count: lost(pair) == n)
-        streams = await asyncio.wait_for(running, PATIENCE)
+        ended = await asyncio.wait_for(asyncio.gather(*running), PATIENCE)
         again = await asyncio.wait_for(stream_one_of(pair), PATIENCE)
         assert again.done
-        for stream, text in zip(streams, whole, strict=True):
+        for stream, text in zip([stream for streams in ended for stream in streams], whole, strict=True):
             assert text.startswith(stream.text)
             assert stream.text == text if stream.done else code_of(stream) == "shard_lost"
         assert not [pid for pid in before if alive(pid)], "no orphan"
