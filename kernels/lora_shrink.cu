@@ -21,11 +21,11 @@ using T = ELEMENT;
 #define TILES (ROWS > 8 ? 4 : 1) // of eight rows of x
 #define GROUPS (ROWS / (TILES * 8))
 #define DEPTH 32                 // values along k in one step: four lanes times eight
-#define STEPS (ROWS > 8 ? 2 : 4) // steps whose loads are under way together
+#define STEPS (ROWS > 8 ? 2 : 4) // of a round
 
 // Adds RANKS rows of A times TILES * 8 rows of x over k = begin .. end - 1. Lane: row g of A at `a`, of which `left` rows are
-// left from there on, row g + 8, `next` further on, and row g of each tile of x, null for a row of zeros. All loads of a
-// round are under way before its first product.
+// left from there on, row g + 8, `next` further on, and row g of each tile of x, null for a row of zeros. A round's loads
+// stand before its products, so that as many are under way together as there are registers for.
 __device__ __forceinline__ void multiply(float (&sum)[TILES][4], const T *a, int left, int next, const T *const (&x)[TILES],
                                          int begin, int end) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
