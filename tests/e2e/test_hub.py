@@ -127,9 +127,21 @@ async def test_a_slow_fetch_holds_up_nobody_and_is_made_once(
     server: Server, hub: FakeHub, adapters: Mapping[str, Path]
 ) -> None:
     """Five seconds for one adapter that a hundred requests name, beside streams that run. Prints their
-    longest pause, which is a figure of bench/RESULTS.md: other tests run beside this one."""
-    commit = hub.add("org/slow", adapters["org/a5"])
-    path = f"org/slow/resolve/{commit}/{WEIGHTS}"
+    longest pause. Other tests run beside this one: a pause that the fetch makes would be in every try."""
+    for number in range(3):
+        longest = await longest_pause_beside_a_slow_fetch(
+            server, hub, adapters["org/a5"], f"org/slow{number}"
+        )
+        print(f"longest pause of a stream: {1e3 * longest:.0f} ms")
+        if longest <= 0.25:
+            return
+    pytest.fail("streams paused for more than 250 ms in each of three tries")
+
+
+async def longest_pause_beside_a_slow_fetch(server: Server, hub: FakeHub, adapter: Path, name: str) -> float:
+    """Seconds between two tokens of a stream, at most."""
+    commit = hub.add(name, adapter)
+    path = f"{name}/resolve/{commit}/{WEIGHTS}"
     hub.break_(path, seconds=5.0)
     running = asyncio.Event()
     pauses: list[float] = []
@@ -144,7 +156,7 @@ async def test_a_slow_fetch_holds_up_nobody_and_is_made_once(
 
     others = [asyncio.create_task(keep_streaming()) for _ in range(4)]
     await asyncio.sleep(0.2)
-    body = {"model": "org/slow", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+    body = {"model": name, "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True, "temperature": 0}
     streams = await stream_all(server.url, [body] * 100)
     running.set()
     await asyncio.gather(*others)
@@ -152,8 +164,7 @@ async def test_a_slow_fetch_holds_up_nobody_and_is_made_once(
     assert len({stream.text for stream in streams}) == 1
     assert hub.count(path) == 1
     assert len(pauses) >= 4
-    print(f"longest pause of {len(pauses)} streams: {1e3 * max(pauses):.0f} ms")
-    assert max(pauses) < 2.5, "half of what a stream would wait that the fetch holds up"
+    return max(pauses)
 
 
 async def test_forty_adapters_in_room_for_eight_equal_peft(

@@ -209,7 +209,7 @@ def test_decode_attention(shape: tuple[int, int, int], dtype: torch.dtype, targe
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [16, 48, 4])
+@pytest.mark.parametrize("block_size", [16, 32, 48, 4])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 1, 19, 600])
 def test_rows_of_several_parts(
